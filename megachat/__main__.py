@@ -1,0 +1,165 @@
+"""`megachat <stage> [key=value ...]`: composes `conf/<stage>.yaml`, checks it, and runs it.
+
+Heavy imports wait until a stage is known, so that `megachat --help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: megachat STAGE [key=value ...]      any setting of the stage, as a Hydra override
+       megachat STAGE --help               its settings, with their documentation
+       megachat STAGE --cfg job            the config it would run with
+       megachat STAGE -m key=1,2           one run for each value
+
+stages"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Exits 2 when the config has mistakes, 1 when the input has."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    known = _stages()
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        width = max(map(len, known))
+        print(USAGE)
+        print("\n".join(f"  {name:<{width}}  {line}" for name, line in known.items()))
+        return
+    if arguments[0] == "--version":
+        from megachat import __version__
+
+        print(__version__)
+        return
+    stage, *overrides = arguments
+    if stage not in known:
+        import difflib
+
+        near = difflib.get_close_matches(stage, known, n=1)
+        _fail(f"megachat has no stage {stage!r}; " + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"))
+    from megachat.config import ConfigError
+
+    try:
+        if "--help" in overrides or "-h" in overrides:
+            from megachat.config import describe
+
+            print(describe(stage))
+        elif any(override.startswith("-") for override in overrides):
+            _through_hydra(stage, overrides)
+        else:
+            _run(stage, overrides)
+    except ConfigError as mistakes:
+        _fail(str(mistakes))
+
+
+ORDER = ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate", "report", "pipeline", "chat")
+"""How the stages are listed: as data flows."""
+
+
+def _stages() -> dict[str, str]:
+    """Each stage and its description, without importing Hydra."""
+    here = Path(__file__).parent
+    conf = here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+    described = {}
+    for path in conf.glob("*.yaml"):
+        with path.open(encoding="utf-8") as file:
+            described[path.stem] = file.readline().removeprefix("#").strip()
+    return {name: described[name] for name in sorted(described, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))}
+
+
+def _run(stage: str, overrides: Sequence[str]) -> None:
+    from megachat.config import compose
+
+    _execute(compose(stage, overrides), [stage, *overrides])
+
+
+def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
+    """Decodes the whole config before anything runs, then runs it here, or in one process for each visible GPU."""
+    from megachat.run import Stage, perform
+
+    stage = Stage.of(tree)
+    try:
+        processes = _processes() if stage.trains else 1
+        if processes > 1:
+            from megachat.parallel.mesh import launch
+
+            sys.exit(launch(command, processes))
+        perform(stage)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MEGACHAT_TRACEBACK"):
+            raise
+        print(f"megachat {command[0]}: {error}", file=sys.stderr)
+        print("(MEGACHAT_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _processes() -> int:
+    """One for each visible GPU, unless a launcher has started this process as a rank already."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _through_hydra(stage: str, overrides: Sequence[str]) -> None:
+    """`--cfg`, `--multirun`, `--info`, and the rest of Hydra's own flags.
+
+    Each job of a sweep writes to `<run>/<overrides>` and runs in a process of its own.
+    """
+    import subprocess
+
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from megachat.config import CONF, HYDRA_SETTINGS, plain, rewrite
+
+    flags = [text for text in overrides if text.startswith("-")]
+    settings = [text for text in overrides if not text.startswith("-")]
+    sweep = any(flag in ("-m", "--multirun") for flag in flags)
+    # `--cfg job` has its argument as a word of its own.
+    words = {"job", "hydra", "all", "defaults", "defaults-tree", "config", "plugins", "searchpath"}
+    flags += [text for text in settings if text in words]
+    settings = [text for text in settings if text not in words]
+
+    def job(config: Any) -> None:
+        tree = plain(config)
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            _execute(tree, [stage, *settings])
+            return
+        swept = [text.lstrip("+") for text in HydraConfig.get().overrides.task]
+        swept = [text for text in swept if text not in fixed]
+        base = Path(tree["run"])
+        name = ",".join(swept).replace("/", "-")
+        command = [stage, *plain_settings, *swept, f"inputs={tree['inputs']}", f"run={base / name}"]
+        print(f"megachat {' '.join(command)}", file=sys.stderr)
+        code = subprocess.run([sys.executable, "-m", "megachat", *command], check=False).returncode
+        if code:
+            sys.exit(code)
+
+    # What is not swept over is passed to every job as it was written.
+    plain_settings = [text for text in settings if not _is_sweep(text)] if sweep else settings
+    fixed = {text.lstrip("+") for text in rewrite(stage, plain_settings, sweep=True)}
+    sweep_settings = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."] if sweep else []
+    sys.argv = ["megachat", *flags, *HYDRA_SETTINGS, *sweep_settings, *rewrite(stage, settings, sweep=sweep)]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
+
+
+def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return bool(OverridesParser.create().parse_override(override).is_sweep_override())
+    except HydraException:
+        return False
+
+
+def _fail(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

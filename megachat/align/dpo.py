@@ -1,0 +1,118 @@
+"""STAGE dpo: direct preference optimisation (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290).
+
+The policy learns to prefer `chosen` to `rejected` by more than a frozen copy of itself does.
+Log-probabilities are summed over the answer's tokens, not averaged: averaging favours long answers.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from megachat.align.logprobs import answer_logps, token_logps
+from megachat.align.pairs import Data, Pair, Pairs, collate, own, parts, rendered, training_batches
+from megachat.align.rows import Rows
+from megachat.align.start import context, frozen, language_model, without_dropout
+from megachat.data.conversations import Preferences
+from megachat.train.loop import Batch, Losses, Running, Task
+
+
+def preference(
+    policy: Pair[Float[Tensor, " batch"]], reference: Pair[Float[Tensor, " batch"]]
+) -> Float[Tensor, " batch"]:
+    """How much more, in nats, the policy prefers `chosen` to `rejected` than the reference does."""
+    return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
+
+
+def dpo_loss(
+    policy: Pair[Float[Tensor, " batch"]],
+    reference: Pair[Float[Tensor, " batch"]],
+    beta: float,
+    smoothing: float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """-log sigmoid(beta * preference), where a share `smoothing` of the labels is believed to be wrong."""
+    margin = beta * preference(policy, reference)
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+class DPO(Task):
+    """Learn from preferences without a reward model."""
+
+    name: ClassVar[str] = "dpo"
+
+    start: str
+    """The stage whose model is trained on, and whose frozen copy is the reference."""
+    preferences: Preferences
+    """Which of two answers is better."""
+    epochs: PositiveFloat
+    """Passes over the preferences."""
+    beta: PositiveFloat
+    """How hard the policy is held to the reference; the paper uses 0.1 to 0.5."""
+    smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    """The share of preference labels believed to be wrong."""
+
+    def reads(self) -> list[str]:
+        """The tokenizer and the fine-tuned model."""
+        return ["tokenizer", self.start]
+
+    def models(self, run: Running) -> dict[str, nn.Module]:
+        """The fine-tuned model."""
+        model = language_model(self, self.start, run)
+        without_dropout(model)
+        return {"model": model}
+
+    def prepare(self, run: Running) -> int:
+        """Loads the reference and renders the preferences; `held_out` ones are only measured."""
+        reference = language_model(self, self.start, run)
+        run.frozen["reference"] = frozen(reference, run)
+        train, held_out = self.preferences.preferences("train"), self.preferences.preferences("held_out")
+        longest = context(reference)
+        run.data = Data(
+            rendered(train, run.tokenizer, longest),
+            rendered(held_out, run.tokenizer, longest) if held_out else [],
+        )
+        return max(1, round(self.epochs * len(run.data.train) / self.batch))
+
+    def batches(self, run: Running) -> Iterator[list[Batch]]:
+        """This data rank's share of the preferences of each step."""
+        return training_batches(self, run, run.data.train)
+
+    def loss(self, run: Running, batch: Pairs) -> Losses:
+        """The DPO loss, summed over pairs."""
+        policy = of_pair(run.engines["model"](batch.rows.tokens), batch.rows)
+        with run.engines["model"].inference():  # the same precision as the policy's
+            reference = of_pair(run.frozen["reference"](batch.rows.tokens), batch.rows)
+        more = preference(policy, reference)
+        return Losses(
+            {"model": dpo_loss(policy, reference, self.beta, self.smoothing).sum()},
+            {
+                "accuracy": (more > 0).float().sum(),
+                "margin": self.beta * more.sum(),
+                "logps/chosen": policy.chosen.sum(),
+                "logps/rejected": policy.rejected.sum(),
+            },
+        )
+
+    def validate(self, run: Running) -> dict[str, float]:
+        """The loss and the accuracy on held-out preferences."""
+        loss = right = pairs = 0.0
+        with run.engines["model"].inference() as model:
+            for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
+                rows = collate(part, run).rows
+                policy = of_pair(model(rows.tokens), rows)
+                reference = of_pair(run.frozen["reference"](rows.tokens), rows)
+                loss += dpo_loss(policy, reference, self.beta, self.smoothing).sum().item()
+                right += (preference(policy, reference) > 0).sum().item()
+                pairs += len(part)
+        loss, right, pairs = (run.mesh.sum(value) for value in (loss, right, pairs))
+        return {"loss": loss / pairs, "accuracy": right / pairs} if pairs else {}
+
+
+def of_pair(logits: Float[Tensor, "rows seq vocab"], rows: Rows) -> Pair[Tensor]:
+    """The log-probability of each answer of a batch that holds the chosen ones first."""
+    logps = answer_logps(token_logps(logits, rows.labels), rows.mask)
+    chosen, rejected = logps.chunk(2)
+    return Pair(chosen, rejected)

@@ -1,0 +1,93 @@
+"""Preferences as batches: what the reward model and DPO train on.
+
+A batch holds the chosen answers in its first half and the rejected ones in its second, so that both go
+through the model in one forward. Only the answer and its stop token are trained on, never the conversation
+that led to them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from megachat.align.rows import Rendered, Rows, drawn, padded, that_fit
+from megachat.data.conversations import Preference
+from megachat.parallel.mesh import Mesh
+from megachat.tokenizer.chat_format import render_answer, render_prompt
+from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import Batch, Running, Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pair(Generic[T]):
+    """One thing for the preferred answer and one for the other."""
+
+    chosen: T
+    rejected: T
+
+
+@dataclass(frozen=True)
+class Pairs(Batch):
+    """A micro-batch of preferences."""
+
+    rows: Rows
+    """The chosen answers, then as many rejected ones."""
+
+
+@dataclass
+class Data:
+    """What a stage that learns from preferences reads."""
+
+    train: list[Pair[Rendered]]
+    held_out: list[Pair[Rendered]]
+    """Pairs that are only measured."""
+
+
+def rendered(preferences: Sequence[Preference], tokenizer: Tokenizer, context: int) -> list[Pair[Rendered]]:
+    """Prompt and answer as tokens, trained on from the first token of the answer to its stop token."""
+    pairs = []
+    for preference in preferences:
+        prompt = render_prompt(preference.prompt, tokenizer)
+
+        def with_answer(text: str, prompt: list[int] = prompt) -> Rendered:
+            answer = render_answer(text, tokenizer)
+            return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+        pairs.append(Pair(with_answer(preference.chosen), with_answer(preference.rejected)))
+    return that_fit(
+        pairs, lambda pair: max(len(pair.chosen[0]), len(pair.rejected[0])), context, "preferences"
+    )
+
+
+def collate(pairs: Sequence[Pair[Rendered]], run: Running) -> Pairs:
+    """A micro-batch; a pair weighs 1 however long it is."""
+    rows = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], run.tokenizer.pad)
+    return Pairs(
+        weight=float(len(pairs)),
+        tokens=int(rows.real.sum()),
+        samples=len(pairs),
+        rows=rows.to(run.mesh.device),
+    )
+
+
+def training_batches(task: Task, run: Running, pairs: Sequence[Pair[Rendered]]) -> Iterator[list[Batch]]:
+    """This data rank's share of each step, from the run's position in the data on."""
+    share = task.batch // run.mesh.data
+    while True:
+        first = run.progress.samples + run.mesh.data_rank * share
+        chosen = [pairs[index] for index in drawn(len(pairs), task.seed, first, share)]
+        yield [collate(part, run) for part in parts(chosen, task.micro_batch)]
+
+
+def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in groups of at most `size`."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def own(items: Sequence[T], mesh: Mesh) -> Sequence[T]:
+    """This data rank's share of what is only measured: as many for every rank, because under ZeRO-3 all of them
+    must run equally many forwards. Up to `mesh.data - 1` items at the end are left out.
+    """
+    share = len(items) // mesh.data
+    return items[mesh.data_rank * share : (mesh.data_rank + 1) * share]

@@ -1,0 +1,139 @@
+"""STAGE sft: supervised fine-tuning. A base model learns to answer, from conversations.
+
+Only what the assistant says is trained on, with the token that ends it: without that token the model never
+learns to stop. Conversations are packed into rows of one length and cannot see each other, so a row costs
+what its tokens cost and its loss is that of its conversations one by one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from jaxtyping import Int
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from megachat.align.logprobs import token_logps
+from megachat.align.pairs import own, parts
+from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
+from megachat.align.start import context, language_model
+from megachat.data.conversations import Conversation, Conversations, Message, share
+from megachat.log import say
+from megachat.model.generate import Sampling, generate
+from megachat.tokenizer.chat_format import render, render_prompt
+from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.losses import IGNORE
+
+
+@dataclass(frozen=True)
+class Said(Batch):
+    """A micro-batch of packed conversations."""
+
+    inputs: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    documents: Int[Tensor, "batch seq"]
+
+
+@dataclass
+class Material:
+    """What SFT trains on."""
+
+    rows: list[list[Rendered]]
+    """The conversations of each packed row."""
+    held_out: list[list[Rendered]]
+    """Rows that are only measured."""
+
+
+class SFT(Task):
+    """Imitate the assistant's side of conversations."""
+
+    name: ClassVar[str] = "sft"
+
+    start: str
+    """The stage whose model is trained on."""
+    conversations: Conversations
+    """What is imitated."""
+    length: PositiveInt
+    """Tokens of a row that conversations are packed into; a longer conversation is left out."""
+    epochs: PositiveFloat
+    """Passes over the conversations."""
+    validation: Annotated[float, Field(ge=0, lt=1)]
+    """The share of conversations that is only measured."""
+    question: str
+    """What the model is asked when a sample is logged."""
+
+    def reads(self) -> list[str]:
+        """The tokenizer and the base model."""
+        return ["tokenizer", self.start]
+
+    def models(self, run: Running) -> dict[str, nn.Module]:
+        """The base model."""
+        model = language_model(self, self.start, run)
+        if self.length > context(model):
+            raise ValueError(
+                f"length={self.length} is longer than the model's context ({context(model)} tokens)"
+            )
+        return {"model": model}
+
+    def prepare(self, run: Running) -> int:
+        """Renders and packs the conversations."""
+        train, held_out = [], []
+        for conversation in self.conversations.conversations():
+            (held_out if share(opening(conversation)) < self.validation else train).append(conversation)
+        run.data = Material(self._packed(train, run), self._packed(held_out, run) if held_out else [])
+        say(f"sft: {len(train):,} conversations in {len(run.data.rows):,} rows of {self.length} tokens")
+        return max(1, round(self.epochs * len(run.data.rows) / self.batch))
+
+    def _packed(self, conversations: list[Conversation], run: Running) -> list[list[Rendered]]:
+        rendered = [render(conversation, run.tokenizer) for conversation in conversations]
+        fitting = that_fit(rendered, lambda one: len(one[0]), self.length, "conversations")
+        rows = pack([len(tokens) for tokens, _ in fitting], self.length)
+        return [[fitting[item] for item in row] for row in rows]
+
+    def batches(self, run: Running) -> Iterator[list[Batch]]:
+        """This data rank's share of the rows of each step, which do not depend on the number of ranks."""
+        count = self.batch // run.mesh.data
+        while True:
+            first = run.progress.samples + run.mesh.data_rank * count
+            rows = [run.data.rows[index] for index in drawn(len(run.data.rows), self.seed, first, count)]
+            yield [self._collate(part, run) for part in parts(rows, self.micro_batch)]
+
+    def _collate(self, rows: list[list[Rendered]], run: Running) -> Said:
+        full = packed(rows, run.tokenizer.pad, self.length)
+        return Said(
+            weight=float((full.labels != IGNORE).sum()),
+            tokens=int((full.documents >= 0).sum()),
+            samples=len(rows),
+            inputs=full.tokens.to(run.mesh.device),
+            labels=full.labels.to(run.mesh.device),
+            documents=full.documents.to(run.mesh.device),
+        )
+
+    def loss(self, run: Running, batch: Said) -> Losses:
+        """-log p, summed over what the assistant says."""
+        logits = run.engines["model"](batch.inputs, batch.documents)
+        return Losses({"model": -token_logps(logits, batch.labels).sum()})
+
+    def validate(self, run: Running) -> dict[str, float]:
+        """The loss per token on conversations that are not trained on."""
+        nats = tokens = 0.0
+        with run.engines["model"].inference() as model:
+            for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
+                batch = self._collate(part, run)
+                nats -= token_logps(model(batch.inputs, batch.documents), batch.labels).sum().item()
+                tokens += batch.weight
+        nats, tokens = run.mesh.sum(nats), run.mesh.sum(tokens)
+        return {"loss": nats / tokens} if tokens else {}
+
+    def show(self, run: Running) -> str:
+        """What the model answers to `question`."""
+        sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=min(64, self.length // 2))
+        prompt = render_prompt((Message("user", self.question),), run.tokenizer)
+        with run.engines["model"].inference() as model:
+            (new,) = generate(model, [prompt], sampling, {run.tokenizer.end}, synced=run.mesh.all)
+        return f"{self.question} {run.tokenizer.decode(new)}"
+
+
+def opening(conversation: Conversation) -> str:
+    """What decides whether a conversation is held out: the first thing the user says."""
+    return next(message.content for message in conversation.messages if message.role == "user")

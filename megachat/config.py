@@ -1,0 +1,236 @@
+"""From the command line to typed settings: Hydra composes `conf/`, `decode` checks it, the code sees frozen objects.
+
+Each block of YAML names the class it fills with `_target_`; there is no registry to keep in step.
+No setting has a default in Python: `conf/` is the one place a value is written.
+A mistake never comes alone: `decode` lists all of them, each with the dotted key to fix.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+ROOT = "megachat."
+"""A config may only name classes of this package, so a YAML cannot run anything else."""
+
+INSTALLED = Path(__file__).parent / "conf"
+CONF = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "conf"
+"""The wheel carries `conf/` inside the package; in a checkout it stands beside it."""
+
+HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+"""A run folder is ours to lay out: Hydra neither changes directory nor writes log files of its own."""
+
+
+class Config(BaseModel):
+    """A frozen, typed block of settings. A docstring under a field is its documentation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ConfigError(Exception):
+    """Every mistake in a config, one line each, beginning with the dotted key to fix."""
+
+
+class _Invalid:
+    """Stands in for a block whose own mistakes are already listed."""
+
+
+def stages() -> dict[str, str]:
+    """Every stage and its one-line description, which is the first comment of `conf/<stage>.yaml`."""
+    described = {}
+    for path in CONF.glob("*.yaml"):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        described[path.stem] = first.removeprefix("#").strip()
+    return described
+
+
+def compose(stage: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What Hydra makes of `conf/<stage>.yaml` and the overrides, as plain dicts and lists, `_target_`s included."""
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            config = hydra_compose(stage, overrides=list(HYDRA_SETTINGS) + rewrite(stage, overrides))
+        return plain(config)
+    except (HydraException, ValueError) as error:  # ValueError: Hydra's word for `log=3` where `log` is a group
+        raise ConfigError(_readable(error)) from None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A `DictConfig` as plain dicts and lists, interpolations resolved; the `hydra` block is left behind."""
+    try:
+        tree = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_readable(error)) from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items() if key != "hydra"}
+
+
+def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[str]:
+    """Makes overrides digestible for Hydra without the user having to know its grammar.
+
+    `experiment=quickstart` becomes the group choice `experiment/quickstart/<stage>.yaml` and the run folder
+    `runs/quickstart`; an unknown key is passed on (`++key`) so that `decode` reports it with every other mistake;
+    a value that Hydra cannot lex (Chinese, apostrophes, a comma outside a sweep) is quoted.
+
+    Example: rewrite("chat", ["prompt=What's new?"]) -> ["++prompt='What\\'s new?'"]
+    """
+    out: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        bare = key.lstrip("+~")
+        if not bare or not (equals or override.startswith("~")):
+            raise ConfigError(f"{override}: not a setting; write key=value")
+        if bare == "experiment" and equals:
+            out[:0] = _experiment(stage, value)
+        elif not equals or key != bare or bare.startswith("hydra") or (CONF / bare.partition("@")[0]).is_dir():
+            out.append(override)
+        else:
+            out.append(f"++{key}={_quoted(value, sweep)}")
+    return out
+
+
+def _experiment(stage: str, name: str) -> list[str]:
+    folder = CONF / "experiment" / name
+    if not name or not folder.is_dir():
+        names = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())
+        raise ConfigError(f"experiment: there is no {name!r}; conf/experiment/ has {', '.join(names)}")
+    chosen = [f"+experiment={name}/{stage}"] if (folder / f"{stage}.yaml").is_file() else []
+    return [*chosen, f"++run=runs/{name}"]
+
+
+def _quoted(value: str, sweep: bool) -> str:
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={value}")
+        if sweep or not parsed.is_sweep_override():
+            return value
+    except HydraException:
+        pass
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _readable(error: Exception) -> str:
+    """Hydra's message and its list of options, without its search path and its advice to use `+`."""
+    text = str(error).partition("Config search path:")[0]
+    if unknown := re.search(r"Could not override '(.+)'\. No match in the defaults list", text):
+        return f"{unknown[1]}: this stage has no such block to choose"
+    return "\n  ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def decode(tree: dict[str, Any]) -> Any:
+    """Builds the object that `tree` describes, or raises one `ConfigError` naming every mistake in it."""
+    mistakes: list[str] = []
+    built = _decode(tree, "", mistakes)
+    if mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise ConfigError(f"{count} in the config\n  " + "\n  ".join(mistakes))
+    return built
+
+
+def _decode(node: Any, path: str, mistakes: list[str]) -> Any:
+    if isinstance(node, list):
+        return [_decode(item, _join(path, i), mistakes) for i, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    values = {key: _decode(value, _join(path, key), mistakes) for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return values
+    values = {key: value for key, value in values.items() if not _left_open(value)}
+    cls = _locate(node["_target_"], _join(path, "_target_"), mistakes)
+    if cls is None:
+        return _Invalid()
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        for detail in error.errors():
+            if not isinstance(detail["input"], _Invalid):
+                mistakes.append(_explain(detail, path, cls))
+        return _Invalid()
+
+
+def _left_open(value: Any) -> bool:
+    """Whether a YAML leaves this value to the user (`path: ???`), who has not given it."""
+    return isinstance(value, str) and value == "???"
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _explain(detail: Any, path: str, cls: type[Config]) -> str:
+    if not detail["loc"]:  # raised by a @model_validator: it concerns the whole block
+        return f"{path or cls.__name__}: {detail['ctx']['error']}"
+    name = ".".join(str(part) for part in detail["loc"])
+    key = _join(path, name)
+    if detail["type"] == "missing":
+        return f"{key}: missing"
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, cls.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(cls.model_fields)}"
+        return f"{key}: {cls.__name__} has no such setting; {hint}"
+    if detail["type"] in ("is_instance_of", "model_type"):
+        expected = detail["ctx"].get("class") or detail["ctx"].get("class_name")
+        return f"{key}: expected a block of settings ({expected}), got {detail['input']!r}"
+    message = re.sub(r"^Value error, ", "", detail["msg"])
+    return f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _locate(target: str, path: str, mistakes: list[str]) -> type[Config] | None:
+    module, _, name = str(target).rpartition(".")
+    try:
+        if not str(target).startswith(ROOT):
+            raise ImportError(f"only classes under {ROOT!r} may be named")
+        cls = getattr(importlib.import_module(module), name)
+        if not (isinstance(cls, type) and issubclass(cls, Config)):
+            raise ImportError("it is not a block of settings")
+        if inspect.isabstract(cls):
+            raise ImportError("it is abstract; name one of its subclasses")
+        return cls
+    except (ImportError, AttributeError) as why:
+        mistakes.append(f"{path}: cannot use {target!r}: {why}")
+        return None
+
+
+def describe(stage: str) -> str:
+    """The settings of a stage with their defaults and documentation, for `megachat <stage> --help`."""
+    tree = compose(stage)
+    lines = [f"megachat {stage}: {stages()[stage]}", ""]
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name in tree)
+    lines += _describe_block(tree, "")
+    for group in groups:
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        lines.append(f"{group}=...  one of {', '.join(options)}")
+    names = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())
+    return "\n".join([*lines, f"experiment=...  one of {', '.join(names)}"])
+
+
+def _describe_block(tree: dict[str, Any], path: str) -> list[str]:
+    cls = _locate(tree["_target_"], path, mistakes := [])
+    assert cls is not None, mistakes
+    lines = []
+    for name, field in cls.model_fields.items():
+        value, key = tree.get(name), _join(path, name)
+        documentation = " ".join((field.description or "").split())
+        if isinstance(value, dict) and "_target_" in value:
+            lines += [f"{key}", f"    {documentation}", *_describe_block(value, key)]
+        else:
+            lines += [f"{key}={'null' if value is None else value}", f"    {documentation}"]
+    return lines

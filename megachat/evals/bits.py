@@ -1,0 +1,65 @@
+"""Bits per byte: how many bits a model needs for each byte of text it has not seen.
+
+Unlike the loss per token it does not depend on the tokenizer, so models with different vocabularies compare.
+Only tokens that stand for bytes count: where a document begins and ends is neither text nor charged for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megachat.evals.score import Score, ratio
+from megachat.log import track
+
+
+def token_bits(
+    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq"]:
+    """The bits each label costs: -log2 of its probability."""
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return nats.view_as(labels) / np.log(2.0)
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    model: nn.Module,
+    windows: Sequence[Mapping[str, NDArray[np.int64]]],
+    token_bytes: NDArray[np.int64],
+    batch: int,
+    seed: int = 0,
+    what: str = "bits per byte",
+) -> Score:
+    """Over windows of `tokens` and `documents` (one longer than what the model reads); a window is one
+    item."""
+    device = next(model.parameters()).device
+    lengths = torch.as_tensor(token_bytes, device=device)
+    bits, counts = [], []
+    for start in track(range(0, len(windows), batch), what, unit="batch"):
+        rows = windows[start : start + batch]
+        tokens = _stack([row["tokens"] for row in rows], device)
+        documents = _stack([row["documents"] for row in rows], device)
+        labels = tokens[:, 1:]
+        cost = token_bits(model(tokens[:, :-1], documents[:, :-1]), labels)  # batch seq
+        weights = lengths[labels]
+        bits.append(torch.where(weights > 0, cost, 0.0).double().sum(1).cpu().numpy())
+        counts.append(weights.sum(1).cpu().numpy())
+    return ratio(np.concatenate(bits), np.concatenate(counts), seed)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `range(total)`, evenly spread, so that a part of the shard speaks for all of it.
+
+    Example: spread(10, 4) -> [0, 2, 5, 7]
+    """
+    taken = min(count, total)
+    return [index * total // taken for index in range(taken)]
+
+
+def _stack(rows: Sequence[Any], device: torch.device) -> Int[Tensor, "batch seq"]:
+    return torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)

@@ -1,0 +1,161 @@
+"""STAGE report: a run on one page, `<run>/report.html`, and every number on it in `<run>/report.json`.
+
+It shows what has finished so far and can be written at any time: nothing here needs a model, a GPU, or the
+network. The page is made from `report.json`'s contents alone. Texts of documents and of models are escaped
+like any other.
+"""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megachat import __version__
+from megachat.evals.page import Facts, page
+from megachat.evals.plots import Curve
+from megachat.log import say
+from megachat.run import Stage, finished, replacing, write_json
+
+ORDER = ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate")
+"""Stages in the order they run; others come after, by name."""
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "sentencepiece",
+    "datasketch",
+    "grain",
+    "hydra-core",
+    "pydantic",
+    "numpy",
+    "wandb",
+)
+
+
+CURVES = {
+    "loss": ("Loss", {"rm": "nats per pair", "dpo": "nats per pair", "ppo": "policy loss"}),
+    "validation/bits_per_byte": ("Validation", "bits per byte"),
+    "reward/mean": ("Reward", "reward model's score"),
+    "kl": ("Distance from SFT (KL)", "nats per answer"),
+    "accuracy": ("Pairs in the right order", "share"),
+    "margin": ("Margin of the better answer", "difference of scores"),
+    "entropy": ("Entropy of the policy", "nats per token"),
+    "clip_fraction": ("Clipped ratios", "share of tokens"),
+    "gradient_norm": ("Gradient norm", "before clipping"),
+    "tokens_per_second": ("Throughput", "tokens per second"),
+}  # fmt: skip
+"""Which metrics are drawn, in this order, and in which units."""
+
+
+class Report(Stage):
+    """A run's report."""
+
+    name: ClassVar[str] = "report"
+
+    def reads(self) -> list[str]:
+        """Whatever has finished."""
+        return [stage for stage in stages_in(self.inputs) if finished(self.inputs / stage)]
+
+    def execute(self) -> None:
+        """Writes report.json and report.html."""
+        facts = gather(self.inputs)
+        if not facts["stages"] and not facts["training"]:
+            raise ValueError(
+                f"no stage has finished in {self.inputs}, so nothing to report; name the run with run=..."
+            )
+        write_json(self.run / "report.json", facts)
+        with replacing(self.run / "report.html") as temporary:
+            temporary.write_text(page(facts), encoding="utf-8")
+        say(f"{self.run / 'report.html'} shows the run; its numbers are in report.json")
+
+
+def gather(run: Path) -> Facts:
+    """Everything the page shows, from the files of a run."""
+    stages = {}
+    for stage in stages_in(run):
+        if done := finished(run / stage):
+            stages[stage] = {"seconds": done["seconds"], "finished": done.get("finished", "")}
+    training = {
+        stage: told for stage in stages_in(run) if (told := metrics(run / stage / "metrics.jsonl", stage))
+    }
+    configs = {stage: text(run / stage / "config.yaml") for stage in stages_in(run)}
+    return {
+        "run": run.resolve().name,
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "seconds": round(sum(stage["seconds"] for stage in stages.values()), 3),
+        "stages": stages,
+        "evaluation": read_json(run / "evaluate" / "scores.json"),
+        "samples": read_json(run / "evaluate" / "samples.json"),
+        "training": training,
+        "clean": read_json(run / "clean" / "report.json"),
+        "tokenizer": read_json(run / "tokenizer" / "report.json"),
+        "encode": read_json(run / "encode" / "manifest.json"),
+        "versions": versions(),
+        "configs": {stage: config for stage, config in configs.items() if config},
+    }
+
+
+def stages_in(run: Path) -> list[str]:
+    """The stages that have a folder in a run, in the order they run."""
+    found = {path.name for path in run.iterdir() if path.is_dir()} if run.is_dir() else set()
+    found -= {"report", "chat", "serve", "wandb"}
+    return [stage for stage in ORDER if stage in found] + sorted(found - set(ORDER))
+
+
+def metrics(path: Path, stage: str) -> Facts | None:
+    """The curves of a stage, and its last value of everything; None where it logged nothing.
+
+    A run that was resumed has logged some steps twice: the later line counts. A line cut short by a crash is
+    skipped.
+    """
+    rows: dict[float, Facts] = {}
+    for line in text(path).splitlines():
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["step"], {}).update(row)
+        except (ValueError, TypeError, KeyError):
+            continue
+    if not rows:
+        return None
+    last: Facts = {}
+    curves = {}
+    for step in sorted(rows):
+        last |= {name: value for name, value in rows[step].items() if value is not None}
+    for name, (title, units) in CURVES.items():
+        points = [
+            (step, rows[step][name]) for step in sorted(rows) if isinstance(rows[step].get(name), int | float)
+        ]
+        if points:
+            unit = units.get(stage, "nats per token") if isinstance(units, dict) else units
+            curves[name] = asdict(Curve.of(title, unit, *zip(*points, strict=True)))
+    return {"last": last, "curves": curves}
+
+
+def versions() -> dict[str, str]:
+    """What the report was written with: this machine's software and cores."""
+    found = {"megachat": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"}
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; {} where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); run its stage again") from None
+
+
+def text(path: Path) -> str:
+    """The contents of a file; "" where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -1,0 +1,207 @@
+"""What a run says of itself: lines and a progress bar on the console, `metrics.jsonl`, and W&B.
+
+The one file that imports wandb. Only rank 0 speaks.
+"""
+
+import json
+import netrc
+import os
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import PositiveInt
+from tqdm import tqdm
+
+from megachat.config import Config
+
+if TYPE_CHECKING:
+    from megachat.run import Stage
+
+T = TypeVar("T")
+
+
+class Log(Config):
+    """What is printed and recorded."""
+
+    interval: PositiveInt
+    """Optimizer steps between two logged lines."""
+    wandb: Literal["auto", "online", "offline", "disabled"]
+    """`auto`: online when logged in to W&B (WANDB_API_KEY or netrc), else offline."""
+    project: str
+    """The W&B project."""
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal, from rank 0 alone; it does not tear a progress bar."""
+    if is_main():
+        tqdm.write(text, file=sys.stderr)
+
+
+def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterates with a progress bar on a terminal; in a log file, with a plain line every ten seconds."""
+    with progress(what, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def progress(what: str, total: int | None, unit: str = "it", initial: int = 0) -> Any:
+    """A progress bar with an estimate of the time left; in a log file, plain lines."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        initial=initial,
+        disable=not is_main(),
+        file=sys.stderr if terminal else _Lines(),
+        mininterval=0.2 if terminal else 10.0,
+        maxinterval=10.0,
+        dynamic_ncols=terminal,
+        ascii=None if terminal else " .",
+        unit_scale=True,
+        leave=terminal,
+    )
+
+
+class _Lines:
+    """Turns the carriage returns of a progress bar into lines, for output that is not a terminal."""
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+UNITS = {"loss": "loss_nats", "seconds": "elapsed_seconds"}
+"""Names on the dashboard where the short one does not say its unit."""
+
+
+class Recorder:
+    """A stage's figures: `metrics.jsonl` and `samples.jsonl` in its folder, and a W&B run. Rank 0 writes, others do nothing."""
+
+    def __init__(self, stage: "Stage", step: int = 0) -> None:
+        """`step` is where the run goes on: rows of later steps, left by an attempt that was cut off, are dropped."""
+        self.stage, self.wandb = stage, None
+        if not is_main():
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = stage.folder / name
+            rows = [json.loads(line) for line in _complete_lines(path)]
+            path.write_text("".join(_line(row) for row in rows if row["step"] <= step), encoding="utf-8")
+        self.samples: list[list[Any]] = []
+        if stage.log.wandb != "disabled":
+            self._start_wandb()
+
+    def _start_wandb(self) -> None:
+        import wandb
+
+        from megachat.run import redact
+
+        stage, mode = self.stage, self.stage.log.wandb
+        if mode == "auto":
+            mode = "online" if logged_in() else "offline"
+        identity = stage.folder / "wandb.json"
+        if not identity.is_file():
+            identity.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}))
+        self.wandb = wandb.init(
+            project=stage.log.project,
+            group=stage.run.name,
+            job_type=stage.name,
+            name=f"{stage.run.name}-{stage.name}",
+            dir=stage.run,
+            id=json.loads(identity.read_text())["id"],
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            config=redact(stage.tree),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        if mode == "offline":
+            folder = Path(self.wandb.dir).parent
+            say(f"{stage.name}: W&B is offline; `wandb sync {os.path.relpath(folder)}` uploads this run")
+
+    def row(self, row: Mapping[str, float | int | None]) -> None:
+        """One logged step."""
+        if not is_main():
+            return
+        with (self.stage.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+        if self.wandb is not None:
+            shown = {UNITS.get(name, name): value for name, value in row.items() if value is not None}
+            self.wandb.log(shown, step=int(row["step"] or 0))
+
+    def sample(self, step: int, text: str | None) -> None:
+        """Something the model wrote at a step."""
+        if text is None or not is_main():
+            return
+        say(f"{self.stage.name} at step {step}: {text!r}")
+        with (self.stage.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_line({"step": step, "text": text}))
+        self.samples.append([step, text])
+
+    def checkpoint(self, path: Path) -> None:
+        """Records the stage's final checkpoint and its tokenizer as artifacts, by reference: nothing is uploaded."""
+        if self.wandb is None:
+            return
+        import wandb
+
+        for name, kind, target in (
+            (f"{self.stage.run.name}-{self.stage.name}", "model", path / "manifest.json"),
+            (f"{self.stage.run.name}-tokenizer", "tokenizer", self.stage.folder / "tokenizer.model"),
+        ):
+            artifact = wandb.Artifact(_artifact_name(name), type=kind, metadata={"path": str(target.absolute())})
+            # checksum=False: W&B would read every byte; our own manifest holds the sums.
+            artifact.add_reference(target.absolute().as_uri(), checksum=False)
+            self.wandb.log_artifact(artifact)
+
+    def scores(self, scores: Mapping[str, float]) -> None:
+        """Final figures, shown as the run's summary."""
+        if self.wandb is not None:
+            self.wandb.summary.update(dict(scores))
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.wandb is not None:
+            import wandb
+
+            if self.samples:
+                self.wandb.log({"samples": wandb.Table(columns=["step", "text"], data=self.samples)})
+            self.wandb.finish()
+
+
+def logged_in() -> bool:
+    """Whether W&B has a key: in the environment, or in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _artifact_name(name: str) -> str:
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in name)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """A killed process may leave half a line at the end."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,178 @@
+"""The language model: a decoder of pre-norm blocks with rotary positions, grouped queries, and SwiGLU.
+
+With `qk_norm` it computes what Qwen3 computes, without it what Llama does; the tests compare the logits.
+How long the vocabulary is, is the tokenizer's to say, so it is an argument of `build` and not a setting.
+With a cache, `forward` returns the last position's logits alone: those of the prompt are not needed.
+"""
+
+from typing import Annotated, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megachat.config import Config
+from megachat.model.layers import MLP, Attention, Cache, Past, Rope
+
+
+class GPTConfig(Config):
+    """The shape of a model."""
+
+    dim: PositiveInt
+    """Numbers that represent a token between blocks."""
+    layers: PositiveInt
+    """Blocks, each attention then MLP."""
+    heads: PositiveInt
+    """Query heads of each block."""
+    kv_heads: PositiveInt
+    """Key and value heads of each block; it divides `heads`, and tensor parallelism divides it."""
+    head_dim: PositiveInt
+    """Numbers in one head; even, because positions rotate pairs of them."""
+    hidden: PositiveInt
+    """Numbers inside the MLP."""
+    context: PositiveInt
+    """The longest sequence, in tokens."""
+    rope_base: PositiveFloat
+    """The base of the rotation wavelengths; longer contexts use larger ones."""
+    qk_norm: bool
+    """Whether queries and keys are normalised per head, which keeps large learning rates stable."""
+    tied: bool
+    """Whether the output layer is the token embedding; it saves vocab x dim parameters."""
+    norm_eps: PositiveFloat
+    """Added under the root of RMSNorm."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    """The share of each block's output that is dropped while training."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GPTConfig":
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one")
+        return self
+
+    def build(self, vocab: int) -> "GPT":
+        """A model with fresh weights, which follow from `torch.manual_seed`."""
+        model = GPT(self, vocab)
+        initialise(model)
+        return model
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(
+            config.dim, config.heads, config.kv_heads, config.head_dim, config.qk_norm, config.norm_eps
+        )
+        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config.dim, config.hidden)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        rope: Rope,
+        mask: Bool[Tensor, "rows 1 seq past"] | None = None,
+        past: Past | None = None,
+        start: int = 0,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The states one block later."""
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, past, start), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """Tokens in, logits of each next token out."""
+
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "blocks.*.attn.q": "column", "blocks.*.attn.k": "column", "blocks.*.attn.v": "column",
+        "blocks.*.attn.out": "row",
+        "blocks.*.mlp.gate": "column", "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        # Whole on every rank, but each uses them on its own heads: their gradients are summed over the ranks.
+        "blocks.*.attn.q_norm": "replicate-sum", "blocks.*.attn.k_norm": "replicate-sum",
+    }  # fmt: skip
+    """How tensor parallelism cuts each module; what is not listed stays whole on every rank."""
+
+    def __init__(self, config: GPTConfig, vocab: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab = vocab
+        self.checkpointing = False
+        """Whether blocks are computed again in the backward pass instead of being remembered."""
+        self.embed = nn.Embedding(vocab, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tied else nn.Linear(config.dim, vocab, bias=False)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        documents: Int[Tensor, "batch seq"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch out vocab"]:
+        """Logits of the token after each, in the model's dtype; with a cache, after the last alone."""
+        x = self.hidden(tokens, documents, cache)
+        if cache is not None:
+            x = x[:, -1:]
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        documents: Int[Tensor, "batch seq"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The normalised states that `forward` reads logits from.
+
+        With `documents`, a token sees only its own document. Positions are relative, so they run on.
+        """
+        assert documents is None or cache is None, "a cache holds one document per row"
+        needed = tokens.shape[1] if cache is None else cache.capacity
+        if needed > self.config.context:
+            raise ValueError(
+                f"a sequence of {needed} tokens is longer than the model's context={self.config.context}; "
+                "shorten it (prompt plus max_new_tokens), or use a model with a longer context"
+            )
+        now = cache or Cache(needed)
+        x = self.embed(tokens)
+        positions = now.positions(tokens.shape[1], tokens.device)
+        rope = Rope.at(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        mask = now.mask(tokens.shape[1], tokens.device) if documents is None else same_document(documents)
+        for index, block in enumerate(self.blocks):
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache and cache.layer(index), now.length)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        states: Tensor = self.norm(x)
+        return states
+
+
+def same_document(documents: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Causal attention that does not cross from one document into another."""
+    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+
+def initialise(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Sets every weight: normal of deviation 0.02, norms 1, biases 0.
+
+    What writes to the residual stream is drawn smaller by sqrt(2 x layers), so that its sum is as large in a
+    deep model as in a shallow one (Radford et al., 2019).
+    """
+    blocks = sum(isinstance(module, Block) for module in model.modules())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(float(name.endswith("weight")))
+            elif name.endswith(("attn.out.weight", "mlp.down.weight")):
+                parameter.normal_(0.0, 0.02 / (2 * blocks) ** 0.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)

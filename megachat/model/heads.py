@@ -1,0 +1,43 @@
+"""Models that return one number per position instead of logits: reward models and critics.
+
+The trunk's output layer is dropped; left in place it would be weights that no loss ever moves.
+"""
+
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from megachat.model.gpt import GPT
+
+
+class Scalar(nn.Module):
+    """A trunk and one number per position, which sees the tokens up to and including it."""
+
+    tensor_plan: ClassVar[dict[str, str]] = {f"trunk.{name}": how for name, how in GPT.tensor_plan.items()}
+    """How tensor parallelism cuts each module; the score stays whole."""
+
+    def __init__(self, trunk: GPT) -> None:
+        super().__init__()
+        self.trunk = trunk
+        trunk.head = None
+        self.score = nn.Linear(trunk.config.dim, 1)
+        # Of order 1 at first, as in Stiennon et al., 2020 (https://arxiv.org/abs/2009.01325), appendix B.
+        nn.init.normal_(self.score.weight, 0.0, (trunk.config.dim + 1) ** -0.5)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch seq"], documents: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq"]:
+        """The score of each prefix of each row."""
+        scores: Tensor = self.score(self.trunk.hidden(tokens, documents))  # batch seq 1
+        return scores.squeeze(-1)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the trunk's blocks are computed again in the backward pass."""
+        return self.trunk.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self.trunk.checkpointing = on

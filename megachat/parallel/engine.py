@@ -1,0 +1,281 @@
+"""DeepSpeed, in the one file that imports it: ZeRO 0-3, AutoTP, bf16 with fp32 master weights, clipping.
+
+DeepSpeed's engine is a wide thing; `Engine` shows the few verbs the training loop needs, and the logical tensors
+(one full tensor per parameter and optimizer moment) that a checkpoint is made of.
+
+Facts that shaped this file (DeepSpeed 0.19.8): the first collective on a CPU compiles a shared-memory kernel for 90 s
+unless told not to; ZeRO 0 in fp32 reports no gradient norm, so it is computed and clipped here; ZeRO 1-3 create optimizer
+state lazily, so it is created before a checkpoint is loaded; ZeRO 0 in bf16 would keep no fp32 weights, so it runs under autocast.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from megachat.config import Config
+from megachat.parallel.mesh import Mesh
+from megachat.parallel.tensor import own_part, partition_config, split_axis, whole
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+logger.setLevel(logging.WARNING)
+# Compiling it takes a C++ compiler and 90 seconds; gloo does the same work.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+Groups = list[dict[str, Any]]
+
+
+class Parallel(Config):
+    """How a model is spread over processes and in which precision it computes."""
+
+    zero: Literal[0, 1, 2, 3]
+    """ZeRO stage: 1 shards optimizer state over the data ranks, 2 also gradients, 3 also parameters
+    (Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054)."""
+    tensor: PositiveInt
+    """Tensor-parallel degree: how many neighbouring ranks share one copy of the model's matrices."""
+    precision: Literal["auto", "bf16", "fp32"]
+    """`bf16` keeps fp32 master weights; `auto` is bf16 where the hardware has it, else fp32."""
+    checkpointing: bool
+    """Recompute activations in the backward pass: less memory for a third more computation."""
+
+    @property
+    def bf16(self) -> bool:
+        return self.precision == "bf16" or (self.precision == "auto" and has_bf16())
+
+
+def has_bf16() -> bool:
+    """Whether bf16 matrix products are native here: any recent GPU, or a CPU with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Engine:
+    """A model in training: forward, backward, step, and its logical tensors."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[Groups], torch.optim.Optimizer],
+        groups: Groups,
+        parallel: Parallel,
+        clip: float,
+        mesh: Mesh,
+    ) -> None:
+        """`groups` are optimizer parameter groups of `model`; `clip` is the largest gradient norm, 0 for none."""
+        self.mesh = mesh
+        self.parallel = parallel
+        self.clip = clip
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        """The full shape of every parameter, before anything is cut."""
+        if hasattr(model, "checkpointing"):
+            model.checkpointing = parallel.checkpointing
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=groups,
+                optimizer=build_optimizer,
+                config=self._deepspeed_config(getattr(model, "tensor_plan", {})),
+                dist_init_required=False,
+            )
+        self.module: nn.Module = self._engine.module
+        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self.steps = 0
+
+    def _deepspeed_config(self, plan: Mapping[str, str]) -> dict[str, Any]:
+        parallel, autocast = self.parallel, self.parallel.bf16 and self.parallel.zero == 0
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # ours is in the batches; the loss is weighted by tokens
+            "gradient_accumulation_steps": 1,  # the loop says where the boundary is
+            "steps_per_print": 2**31,
+            "zero_optimization": {"stage": parallel.zero, "overlap_comm": self.mesh.device.type == "cuda"},
+            "bf16": {"enabled": parallel.bf16 and not autocast},
+            "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+            # ZeRO 0 clips by hand, below: DeepSpeed's own clipping there reports no norm.
+            "gradient_clipping": self.clip if parallel.zero else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if parallel.bf16 and not autocast:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if parallel.tensor > 1:
+            config["tensor_parallel"] = {
+                "autotp_size": parallel.tensor,
+                "partition_config": partition_config(plan),
+            }
+        return config
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*inputs, **named)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The module in eval mode and without gradients: for validation and for sampling from the weights being trained."""
+        training = self.module.training
+        self.module.eval()
+        autocast = torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self._autocast)
+        try:
+            with torch.no_grad(), autocast:
+                yield self.module
+        finally:
+            self.module.train(training)
+
+    @property
+    def _autocast(self) -> bool:
+        return self.parallel.bf16 and self.parallel.zero == 0
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of `loss`, summed over the data ranks. `last`: a step follows.
+
+        DeepSpeed averages over data ranks, so the caller's sum is scaled up by their number.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.mesh.data, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the micro-batch, changes nothing
+
+    def step(self, learning_rate: float) -> float:
+        """Clips, takes one optimizer step, clears the gradients; returns the gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._clip_by_hand() if self.parallel.zero == 0 else None
+        self._engine.step()
+        self.steps += 1
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        return norm
+
+    def _clip_by_hand(self) -> float:
+        """The global gradient norm, counting each logical parameter once, and the clip to it."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # whole, cut
+        gradients = []
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                cut = split_axis(self.shapes[name], parameter.shape) is not None
+                squares[int(cut)] += parameter.grad.double().square().sum()
+                gradients.append(parameter.grad)
+        if self.mesh.tensor > 1:
+            cut_squares = squares[1].clone()
+            dist.all_reduce(cut_squares, group=self.mesh.tensor_group)
+            squares[1] = cut_squares
+        norm = squares.sum().sqrt().item()
+        if self.clip and norm > self.clip:
+            torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
+        return norm
+
+    # The logical tensors: what a checkpoint holds.
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The optimizer's per-parameter tensors, by torch's names."""
+        kind = type(self._basic_optimizer)
+        if issubclass(kind, torch.optim.Adam | torch.optim.AdamW):
+            return ("exp_avg", "exp_avg_sq")
+        if issubclass(kind, torch.optim.SGD):
+            return ("momentum_buffer",) if self._basic_optimizer.param_groups[0]["momentum"] else ()
+        raise AssertionError(f"no table of the moments of {kind.__name__}")
+
+    @property
+    def _basic_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def logical(self) -> Iterator[tuple[str, Tensor]]:
+        """Every full tensor, one at a time: `weight.<parameter>` in fp32, then `<moment>.<parameter>`.
+
+        All ranks must iterate together. Host memory holds one tensor at a time.
+        """
+        self._create_state()
+        for name, parameter in self.module.named_parameters():
+            axis = split_axis(self.shapes[name], self._local_shape(parameter))
+            yield f"weight.{name}", whole(self._read(parameter, None), axis, self.mesh)
+            for moment in self.moments:
+                yield f"{moment}.{name}", whole(self._read(parameter, moment), axis, self.mesh)
+
+    def load_logical(self, read: Callable[[str], Tensor], steps: int) -> None:
+        """Sets every weight and moment from full tensors, whatever layout wrote them. `read` returns one by its name."""
+        self._create_state()
+        for name, parameter in self.module.named_parameters():
+            axis = split_axis(self.shapes[name], self._local_shape(parameter))
+            for kind in ("weight", *self.moments):
+                full = read(f"{kind}.{name}").to(self.mesh.device, torch.float32)
+                self._write(parameter, None if kind == "weight" else kind, own_part(full, axis, self.mesh).contiguous())
+        for state in self._basic_optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.tensor(float(steps)) if torch.is_tensor(state["step"]) else steps
+        self.steps = steps
+
+    def _local_shape(self, parameter: Tensor) -> torch.Size:
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 empties the parameter itself
+
+    def _read(self, parameter: Tensor, moment: str | None) -> Tensor:
+        if self.parallel.zero == 0:
+            value = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
+            return value.detach().float()
+        if moment is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    @torch.no_grad()
+    def _write(self, parameter: Tensor, moment: str | None, value: Tensor) -> None:
+        if self.parallel.zero == 0:
+            target = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
+            target.copy_(value)
+        elif moment is None:
+            safe_set_full_fp32_param(parameter, value)
+            # The low-precision copy that computes does not follow the fp32 one until the next step.
+            if hasattr(parameter, "ds_id"):
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if dist.get_rank(parameter.ds_process_group) == 0:
+                        parameter.copy_(value)
+            else:
+                parameter.copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _create_state(self) -> None:
+        """Gives the optimizer the state its first step would create, so that it can be read and written."""
+        optimizer, zero = self._basic_optimizer, self._engine.optimizer
+        flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.parallel.zero == 3:
+            flat = list(zero.fp32_partitioned_groups_flat)  # its groups hold parameters during a step only
+        missing = [parameter for parameter in flat if not optimizer.state[parameter]]
+        for parameter in missing:
+            state: dict[str, Any] = {moment: torch.zeros_like(parameter) for moment in self.moments}
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(0.0)
+            optimizer.state[parameter] = state
+        if self.parallel.zero in (1, 2):
+            # DeepSpeed links after the first group's first step, when the other groups have no state yet.
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed reports its set-up on several loggers; none of it is for the user."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+

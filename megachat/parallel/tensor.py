@@ -1,0 +1,54 @@
+"""How tensor parallelism cuts a model: the table beside the model becomes DeepSpeed AutoTP's `partition_config`.
+
+A plan maps parameter-holding modules (`blocks.*.attn.q`, `*` for any number) to one of
+`column` (outputs are split: weight rows), `row` (inputs are split: weight columns, results summed), or
+`replicate-sum` (every rank holds the whole and sees its own heads only, so gradients are summed). What is not named stays whole.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megachat.parallel.mesh import Mesh
+
+
+def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
+    """DeepSpeed's `tensor_parallel.partition_config` for a model's plan.
+
+    Example: {"blocks.*.mlp.down": "row"} -> pattern `^blocks\\.\\d+\\.mlp\\.down\\.weight$`, partition type `row`.
+    """
+    specs: list[dict[str, Any]] = []
+    for module, cut in plan.items():
+        pattern = "^" + re.escape(module).replace(r"\*", r"\d+") + r"\.weight$"
+        if cut in ("column", "row"):
+            specs.append({"patterns": [pattern], "partition_type": cut})
+        else:
+            assert cut == "replicate-sum", f"tensor_plan[{module!r}] is {cut!r}"
+            specs.append({"patterns": [pattern], "partition_type": "skip", "grad_allreduce": True})
+    return {"use_default_specs": False, "layer_specs": specs}
+
+
+def split_axis(full: torch.Size, local: torch.Size) -> int | None:
+    """The axis along which this rank holds a part, or None when it holds the whole."""
+    assert len(full) == len(local), f"{tuple(full)} and {tuple(local)} are not the same parameter"
+    different = [axis for axis in range(len(full)) if full[axis] != local[axis]]
+    assert len(different) <= 1, f"a parameter of shape {tuple(full)} is cut along {different}"
+    return different[0] if different else None
+
+
+def whole(part: Tensor, axis: int | None, mesh: Mesh) -> Tensor:
+    """The full tensor of which every tensor rank holds `part`."""
+    if axis is None:
+        return part
+    parts = [torch.empty_like(part) for _ in range(mesh.tensor)]
+    dist.all_gather(parts, part.contiguous(), group=mesh.tensor_group)
+    return torch.cat(parts, dim=axis)
+
+
+def own_part(full: Tensor, axis: int | None, mesh: Mesh) -> Tensor:
+    """This tensor rank's part of a full tensor."""
+    return full if axis is None else full.chunk(mesh.tensor, dim=axis)[mesh.tensor_rank]

@@ -1,0 +1,223 @@
+"""A run is a folder: `runs/<name>/<stage>/` holds what a stage wrote, and nothing else holds state.
+
+A stage that has finished leaves `done.json` with its fingerprint: a hash of its settings and of the stages it read.
+A stage whose fingerprint has not changed need not run again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import NonNegativeInt, PrivateAttr
+
+from megachat import __version__
+from megachat.config import Config, decode
+from megachat.log import Log, say
+
+
+class Stage(Config):
+    """One step of the pipeline. A subclass adds its settings, `reads`, and `execute`."""
+
+    run: Path
+    """The run folder this stage writes to, as `<run>/<stage>/`."""
+    inputs: Path
+    """The run folder whose finished stages it reads; the same one unless given."""
+    seed: NonNegativeInt
+    """Everything random follows from it."""
+    log: Log
+    """What is printed and recorded."""
+
+    name: ClassVar[str]
+    """What it is called on the command line, in `conf/`, and in the run folder."""
+    trains: ClassVar[bool] = False
+    """Whether it starts one process per visible GPU, and does its own bookkeeping on rank 0."""
+    recorded: ClassVar[bool] = True
+    """Whether it leaves a folder and is skipped when nothing has changed."""
+    neutral: ClassVar[tuple[str, ...]] = ()
+    """Settings that do not change what it makes, besides `run`, `inputs` and `log`."""
+
+    _tree: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> "Stage":
+        """The stage that a composed config describes; it remembers the config."""
+        stage: Stage = decode(tree)
+        stage._tree = tree
+        return stage
+
+    def reads(self) -> list[str]:
+        """The stages whose output this one needs."""
+        return []
+
+    def execute(self) -> None:
+        """Does the work."""
+        raise NotImplementedError
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage writes."""
+        return self.run / self.name
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The composed config this stage was made from, as plain dicts and lists."""
+        assert self._tree, "made by hand, not by Stage.of"
+        return self._tree
+
+    def input(self, stage: str) -> Path:
+        """The folder of a finished earlier stage."""
+        folder = self.inputs / stage
+        if not (folder / "done.json").is_file():
+            raise ValueError(
+                f"{self.name} reads the output of `{stage}`, which has not finished in {self.inputs}; "
+                f"run `megachat {stage} run={self.inputs}` first, or name another run with inputs=..."
+            )
+        return folder
+
+    def fingerprint(self) -> str:
+        """Sha256 of the settings that matter and of what the stage reads: earlier stages, and files called `path(s)`."""
+        apart = {"run", "inputs", "log", *self.neutral}
+        settings = {key: value for key, value in self.tree.items() if key not in apart}
+        inputs = {name: finished(self.inputs / name).get("outputs") for name in self.reads()}
+        text = json.dumps([__version__, settings, inputs, external(settings)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def perform(stage: Stage) -> None:
+    """Runs a stage that needs one process, unless it has finished with the same settings and inputs."""
+    if stage.trains or not stage.recorded:
+        stage.execute()
+    elif begin(stage):
+        started = time.monotonic()
+        stage.execute()
+        finish(stage, time.monotonic() - started)
+
+
+def begin(stage: Stage) -> bool:
+    """Prepares the stage's folder; False when it has finished with the same settings and inputs.
+
+    What other settings made is not deleted but moved to `<run>/replaced/`.
+    """
+    for name in stage.reads():
+        stage.input(name)
+    done = finished(stage.folder)
+    if done.get("fingerprint") == stage.fingerprint():
+        say(f"{stage.name}: already finished in {stage.folder}, and nothing has changed since")
+        return False
+    if done:
+        aside = stage.run / "replaced" / f"{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        stage.folder.rename(aside)
+        say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}")
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    with replacing(stage.folder / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(redact(stage.tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return True
+
+
+SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|passwd|access_token|auth_token)$", re.IGNORECASE)
+"""Names of settings whose values are not written anywhere."""
+
+
+def redact(node: Any) -> Any:
+    """A config without its secrets."""
+    if isinstance(node, dict):
+        return {key: "(redacted)" if SECRET.search(str(key)) else redact(value) for key, value in node.items()}
+    return [redact(item) for item in node] if isinstance(node, list) else node
+
+
+def external(node: Any) -> list[str]:
+    """Names, sizes and times of the files that settings called `path` or `paths` point at."""
+    found: list[str] = []
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("path", "paths"):
+                for name in value if isinstance(value, list) else [value]:
+                    for path in sorted(Path().glob(str(name))) if not os.path.isabs(str(name)) else [Path(name)]:
+                        if path.is_file():
+                            found.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
+            else:
+                found += external(value)
+    elif isinstance(node, list):
+        for item in node:
+            found += external(item)
+    return found
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """What `done.json` says of a finished stage, or {}."""
+    try:
+        done: dict[str, Any] = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        return done
+    except FileNotFoundError:
+        return {}
+
+
+def finish(stage: Stage, seconds: float) -> None:
+    """Marks the stage as done. `outputs` identifies what it wrote, so that later stages see when it changes.
+
+    Tensor files are not read again: the manifest beside them holds their sha256.
+    """
+    outputs = {}
+    for path in sorted(stage.folder.rglob("*")):
+        apart = path.name in ("done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json")
+        if path.is_file() and not apart and path.suffix not in (".safetensors", ".tmp"):
+            outputs[str(path.relative_to(stage.folder))] = sha256(path)
+    record = {"fingerprint": stage.fingerprint(), "seconds": round(seconds, 3), "outputs": outputs}
+    write_json(stage.folder / "done.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there takes its place, whole or not at all.
+
+    A file is fsynced and renamed; a folder is fsynced file by file and renamed. On an error nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    fsync(file)
+            if path.is_dir():
+                shutil.rmtree(path)
+        else:
+            fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,44 @@
+"""How a conversation becomes tokens: `<s>`, then for each message its role, its content, `<|end|>`.
+
+Tokens and mask are made together, message by message: a prompt's tokens are always a prefix of the whole
+conversation's, because no token ever crosses from one message into the next. The `<|end|>` of an answer is
+trained on: it is how the model learns to stop. The roles are control tokens, which no user can write.
+"""
+
+from collections.abc import Sequence
+
+from megachat.data.conversations import Conversation, Message
+from megachat.tokenizer.tokenizer import Tokenizer
+
+
+def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens and mask; the mask is 1 on what the assistant says and on the `<|end|>` after it.
+
+    Example: user "Hi", assistant "Yes" -> tokens  <s> <|user|> Hi <|end|> <|assistant|> Yes <|end|>
+                                           mask     0     0     0     0          0        1     1
+    """
+    tokens, mask = [tokenizer.bos], [0]
+    for message in conversation.messages:
+        content = [*tokenizer.encode(message.content), tokenizer.end]
+        tokens += [role(message, tokenizer), *content]
+        mask += [0, *[int(message.role == "assistant")] * len(content)]
+    return tokens, mask
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Tokens up to and including the `<|assistant|>` that asks for an answer, which `tokenizer.end` ends."""
+    if not messages or messages[-1].role == "assistant":
+        raise ValueError("a prompt ends with a message of the user's; there is nothing to answer")
+    tokens, _ = render(Conversation(tuple(messages)), tokenizer)
+    return [*tokens, tokenizer.assistant]
+
+
+def render_answer(answer: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that follow `render_prompt` when this is the answer: its own, and `<|end|>`."""
+    return [*tokenizer.encode(answer), tokenizer.end]
+
+
+def role(message: Message, tokenizer: Tokenizer) -> int:
+    """The control token that opens a message."""
+    roles = {"system": tokenizer.system, "user": tokenizer.user, "assistant": tokenizer.assistant}
+    return roles[message.role]

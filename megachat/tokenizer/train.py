@@ -1,0 +1,186 @@
+"""The stage `tokenizer`: learns a vocabulary from the cleaned text, by byte-pair encoding.
+
+The idea is Sennrich et al.'s (2016, https://arxiv.org/abs/1508.07909), the program Kudo and Richardson's
+sentencepiece (2018, https://arxiv.org/abs/1808.06226). It learns from a sample. Which documents are in it
+follows from their ids and the seed, so it is the same however the corpus is cut into shards. Runs of spaces
+may be tokens: without that, indented code needs half as many tokens again. What no token covers falls back to
+bytes, so there is no text it cannot encode.
+"""
+
+import heapq
+import io
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, ClassVar
+
+import sentencepiece
+from pydantic import Field, PositiveInt
+
+from megachat.data.conversations import share
+from megachat.data.document import Document, read_documents
+from megachat.log import say, track
+from megachat.run import Stage, write_json
+from megachat.tokenizer.tokenizer import BOS, CONTROLS, EOS, FILE, PAD, SPACE, UNKNOWN, Tokenizer
+
+LINE = 4000
+"""Bytes per line given to the trainer, which skips lines over 4,192 bytes without a word."""
+
+RESERVED = "\u2585"
+"""What sentencepiece writes for the unknown: it skips a line with one in it, without a word."""
+
+CHECKED = 2_000_000
+"""Bytes of the sample that are encoded and decoded again, and measured."""
+
+
+class TrainTokenizer(Stage):
+    """Learns a vocabulary."""
+
+    name: ClassVar[str] = "tokenizer"
+
+    vocab: Annotated[int, Field(ge=300)]
+    """How many tokens: 4 special, 4 of the chat format, 256 bytes, and what is learnt."""
+    character_coverage: Annotated[float, Field(gt=0.9, le=1)]
+    """The share of the sample's characters that get tokens of their own; the others are written as bytes."""
+    sample_bytes: PositiveInt
+    """Bytes of text to learn from, at most; memory needed is some 25 times as much."""
+    threads: PositiveInt
+    """Of the trainer. The vocabulary does not depend on it, but the file records it, so its sha256 does."""
+
+    def reads(self) -> list[str]:
+        """The cleaned text."""
+        return ["clean"]
+
+    def execute(self) -> None:
+        """Writes `tokenizer.model` and `report.json`."""
+        corpus = track(read_documents(self.input("clean")), "reading", unit="doc")
+        documents = sample(corpus, self.sample_bytes, self.seed)
+        size = sum(len(document.text.encode()) for document in documents)
+        say(f"learning {self.vocab} tokens from {len(documents)} documents, {size / 1e6:.1f} MB")
+        texts = [document.text for document in documents]
+        tokenizer = train(texts, self.vocab, self.character_coverage, self.threads)
+        measured = measure(tokenizer, sample(documents, CHECKED, self.seed))
+        tokenizer.save(self.folder / FILE)
+        report = {"vocab": tokenizer.vocab, "sha256": tokenizer.sha256}
+        report |= {"sample": {"documents": len(documents), "bytes": size}, **measured}
+        write_json(self.folder / "report.json", report)
+        rates = [f"{language} {rate:.2f}" for language, rate in measured["bytes_per_token"].items()]
+        say(f"bytes per token: {', '.join(rates)}")
+
+
+def sample(documents: Iterable[Document], most: int, seed: int) -> list[Document]:
+    """The documents with the smallest hashes of their ids, together `most` bytes, in that order.
+
+    Memory is bounded by `most`, and the order of `documents` does not matter. The last one is cut to fit.
+    """
+    heap: list[tuple[float, str, int, Document]] = []  # the largest hash on top
+    total = 0
+    for document in documents:
+        size = len(document.text.encode())
+        heapq.heappush(heap, (-share(f"{seed} {document.id}"), document.id, size, document))
+        total += size
+        while total - heap[0][2] >= most:
+            total -= heapq.heappop(heap)[2]
+    chosen = [document for *_, document in sorted(heap, key=lambda item: (-item[0], item[1]))]
+    if total > most:
+        last = chosen.pop()
+        kept = len(last.text.encode()) - (total - most)
+        text = last.text.encode()[:kept].decode(errors="ignore")
+        chosen.append(Document(last.id, text, last.source, last.language))
+    return chosen
+
+
+def train(texts: Iterable[str], vocab: int, character_coverage: float, threads: int) -> Tokenizer:
+    """A tokenizer learnt from the texts. The same texts in the same order give the same one, to the byte."""
+    model = io.BytesIO()
+    sentences = (line for text in texts for line in lines(text))
+    settings: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": vocab,
+        "character_coverage": character_coverage,
+        "num_threads": threads,
+        # Exact round trips: the text is changed in no way on its way in.
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "control_symbols": list(CONTROLS),
+        **{"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
+        **{"pad_piece": PAD, "unk_piece": UNKNOWN, "bos_piece": BOS, "eos_piece": EOS},
+        "minloglevel": 2,
+    }
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **settings)
+    except RuntimeError as error:
+        raise ValueError(f"vocab={vocab} cannot be learnt from this text; {_remedy(str(error))}") from None
+    return Tokenizer(model.getvalue())
+
+
+def _remedy(error: str) -> str:
+    if "too high" in error or "too large" in error:
+        return f"it is too little text: use a smaller vocab or more text (sentencepiece: {error})"
+    if "required_chars" in error or "smaller" in error:
+        return f"its characters alone need more: use a larger vocab or a smaller character_coverage ({error})"
+    return f"sentencepiece says: {error}"
+
+
+def lines(text: str) -> Iterator[str]:
+    """The text in pieces of at most `LINE` bytes without reserved characters, cut between lines if possible.
+
+    Several lines stay together in a piece, so that tokens such as ")\\n" can be learnt.
+    """
+    piece: list[str] = []
+    size = 0
+    for line in text.replace(RESERVED, "\n").replace(SPACE, "\n").splitlines(keepends=True):
+        for part in _cut(line):
+            length = len(part.encode())
+            if size + length > LINE:
+                yield "".join(piece)
+                piece, size = [], 0
+            piece.append(part)
+            size += length
+    if piece:
+        yield "".join(piece)
+
+
+def _cut(line: str) -> Iterator[str]:
+    if len(line) * 4 <= LINE or len(line.encode()) <= LINE:
+        yield line
+        return
+    for start in range(0, len(line), LINE // 4):  # no character has more than 4 bytes
+        yield line[start : start + LINE // 4]
+
+
+def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, Any]:
+    """Bytes per token by language, and proof that text comes back as it went in."""
+    sizes: dict[str, int] = defaultdict(int)
+    tokens: dict[str, int] = defaultdict(int)
+    round_trips = 0
+    for document in track(documents, "checking", unit="doc"):
+        encoded = tokenizer.encode(document.text)
+        assert tokenizer.decode(encoded) == document.text, f"{document.id} does not come back as it went in"
+        round_trips += 1
+        for language in {"all", document.language or "other"}:
+            sizes[language] += len(document.text.encode())
+            tokens[language] += len(encoded)
+    for text in torture(1000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text, f"{text!r} does not come back as it went in"
+        round_trips += 1
+    rates = {language: round(sizes[language] / max(1, tokens[language]), 3) for language in sorted(sizes)}
+    return {"bytes_per_token": rates, "round_trips": round_trips}
+
+
+def torture(count: int) -> Iterator[str]:
+    """Texts of random characters of all of Unicode, among them those that tokenizers trip over."""
+    dice = random.Random(0)
+    pitfalls = [SPACE, RESERVED, *CONTROLS, PAD, UNKNOWN, BOS, EOS, "<0x41>", "\0", "\n", "\r\n", "\t", " "]
+    pitfalls += ["    ", "\ufffd", "\ufeff", "\u2028", "e\u0301", "\u200d", "中文", "🙂"]
+    for _ in range(count):
+        text = []
+        for _ in range(dice.randrange(40)):
+            code = dice.choice((dice.randrange(0x80), dice.randrange(0x3000), dice.randrange(0x110000)))
+            surrogate = 0xD800 <= code < 0xE000
+            text.append(dice.choice(pitfalls) if surrogate or dice.random() < 0.3 else chr(code))
+        yield "".join(text)

@@ -1,0 +1,339 @@
+"""The one training loop. A stage adds where its batches come from and what one costs; everything else is here, in order.
+
+A loss is a sum over the batch and a batch knows its weight (tokens or pairs), so that a step's loss is the exact mean over
+all micro-batches of all ranks however unequal they are. Randomness is reseeded at each step from (seed, step, rank),
+so a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from megachat.log import Recorder, progress, say
+from megachat.model.size import flops_per_token
+from megachat.parallel import checkpoint
+from megachat.parallel.engine import Engine, Parallel
+from megachat.parallel.mesh import Mesh, start
+from megachat.run import Stage, begin, finish
+from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.metrics import memory_gib, peak_flops
+from megachat.train.optimizers import Optimizer
+from megachat.train.schedules import Schedule
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint remembers besides tensors."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    samples: int = 0
+    """Samples read by all ranks together; where the loader goes on."""
+    tokens: int = 0
+    """Tokens passed through the trained model by all ranks together."""
+    seconds: float = 0.0
+    """Time spent in this stage, earlier attempts included."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this rank. A stage's own batches add their tensors."""
+
+    weight: float
+    """What the loss sums over: tokens trained on, or pairs. The loop divides by it."""
+    tokens: int
+    """How many tokens pass through the model, for the throughput."""
+    samples: int
+    """How many samples it holds, for the position in the data."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a micro-batch costs, as sums over what its weight counts."""
+
+    losses: dict[str, Tensor]
+    """One scalar for each trained model; its gradient goes there alone."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums to be reported as means, such as {"accuracy": number of pairs ranked right}."""
+
+
+@dataclass
+class Running:
+    """A stage at work: what its methods are given."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    progress: Progress
+    total: int = 0
+    """Optimizer steps of the whole run."""
+    engines: dict[str, Engine] = field(default_factory=dict)
+    """The models in training, by role. `model` is the one to talk to."""
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    """Models that only judge: a reference, a reward model."""
+    data: Any = None
+    """What `Task.prepare` made."""
+    notes: dict[str, float] = field(default_factory=dict)
+    """Figures to add to the next logged row, such as the mean reward of a rollout."""
+
+    @property
+    def synced(self) -> Callable[[bool], bool] | None:
+        """For `generate`: under ZeRO-3 every rank must go on until the last has finished."""
+        sharded = self.mesh.world > 1 and any(engine.parallel.zero == 3 for engine in self.engines.values())
+        return self.mesh.all if sharded else None
+
+
+class Task(Stage):
+    """A training stage: settings, its batches, and what one costs."""
+
+    trains: ClassVar[bool] = True
+
+    parallel: Parallel
+    """How the model is spread over processes."""
+    optimizer: Optimizer
+    """What turns gradients into steps."""
+    schedule: Schedule
+    """The learning rate over the run."""
+    clip: NonNegativeFloat
+    """The largest gradient norm; 0 switches clipping off."""
+    context: PositiveInt
+    """Tokens in one row, at most."""
+    batch: PositiveInt
+    """Samples of one optimizer step, over all ranks."""
+    micro_batch: PositiveInt
+    """Samples that pass through the model at once on one rank, at most."""
+    checkpoint_interval: NonNegativeInt
+    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    checkpoint_keep: PositiveInt
+    """How many checkpoints stay on disk."""
+    validation_interval: NonNegativeInt
+    """Optimizer steps between validations; 0 validates at the end only."""
+    resume: Literal["same", "any"]
+    """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever has changed."""
+
+    neutral: ClassVar[tuple[str, ...]] = (
+        "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "validation_interval", "resume",
+    )  # fmt: skip
+    """Settings that may change when a run goes on: they do not change what is learnt."""
+
+    def models(self, run: Running) -> dict[str, nn.Module]:
+        """The models to train, by role, with their starting weights."""
+        raise NotImplementedError
+
+    def prepare(self, run: Running) -> int:
+        """Loads data into `run.data` and judges into `run.frozen`; returns how many optimizer steps the run takes."""
+        raise NotImplementedError
+
+    def batches(self, run: Running) -> Iterator[list[Batch]]:
+        """For each optimizer step from `run.progress` on: this data rank's micro-batches."""
+        raise NotImplementedError
+
+    def loss(self, run: Running, batch: Any) -> Losses:
+        """What a micro-batch costs, with gradients."""
+        raise NotImplementedError
+
+    def validate(self, run: Running) -> dict[str, float]:
+        """Figures on data that is not trained on. All ranks call it and get the same."""
+        return {}
+
+    def may_stop(self, run: Running) -> bool:
+        """Whether the step just taken is a place to resume from (not in the middle of a rollout)."""
+        return True
+
+    def show(self, run: Running) -> str | None:
+        """A sample of what the model does now, for the log; None for none. All ranks call it."""
+        return None
+
+    def execute(self) -> None:
+        """Trains until done, or until asked to stop."""
+        fit(self)
+
+
+def fit(task: Task) -> None:
+    """Runs a training stage from its newest checkpoint, or from the start, to the end."""
+    mesh = start(task.parallel.tensor)
+    if task.batch % mesh.data:
+        raise ValueError(f"batch={task.batch} cannot be shared by {mesh.data} data-parallel ranks; use a multiple")
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopFlag())
+        # One rank decides whether there is anything to do, before any rank writes.
+        if mesh.any(mesh.rank == 0 and not begin(task)):
+            return
+        begun = time.monotonic()
+        torch.manual_seed(task.seed)
+        tokenizer = Tokenizer.load(task.input("tokenizer"))
+        run = Running(mesh, tokenizer, Progress())
+        models = task.models(run)
+        about = {
+            "stage": task.name,
+            "fingerprint": task.fingerprint(),
+            "tokenizer": tokenizer.sha256,
+            "architecture": {role: checkpoint.architecture(model) for role, model in models.items()},
+        }
+        trunk = checkpoint.trunk(models["model"])
+        flops = flops_per_token(trunk.config, trunk.vocab, task.context)
+        run.engines = {
+            role: Engine(
+                model.to(mesh.device), task.optimizer.build, task.optimizer.groups(model), task.parallel, task.clip, mesh
+            )
+            for role, model in models.items()
+        }
+        saved = checkpoint.newest(task.folder / "checkpoints", mesh)
+        if saved is not None:
+            _continue_from(saved, task, run)
+        run.total = task.prepare(run)
+        if mesh.rank == 0:
+            tokenizer.save(task.folder / "tokenizer.model")
+        peak = peak_flops(mesh.device, task.parallel.bf16)
+        recorder = stack.enter_context(Recorder(task, run.progress.step))
+        bar = stack.enter_context(progress(task.name, run.total, "step", run.progress.step))
+        earlier = run.progress.seconds
+        meter = _Meter(run, flops, peak)
+
+        def save() -> bool:
+            run.progress.seconds = earlier + time.monotonic() - begun
+            folder = task.folder / "checkpoints"
+            return checkpoint.save(folder, run.engines, asdict(run.progress), about, mesh, task.checkpoint_keep)
+
+        at_step = -1 if saved is None else run.progress.step  # the step of the newest checkpoint
+        steps = task.batches(run)
+        while run.progress.step < run.total:
+            _reseed(task.seed, run)
+            batches = next(steps)
+            rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
+            sums = train_step(task, run, batches, rate)
+            run.progress.step += 1
+            row = meter.add(sums, rate)
+            bar.update()
+            last = run.progress.step == run.total
+            if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
+                run.notes |= {f"validation/{name}": value for name, value in task.validate(run).items()}
+                recorder.sample(run.progress.step, task.show(run))
+            if last or run.notes or run.progress.step % task.log.interval == 0:
+                row = meter.report(earlier + time.monotonic() - begun)
+                recorder.row(row)
+                bar.set_postfix_str(_short(row), refresh=False)
+            if task.may_stop(run):
+                due = task.checkpoint_interval and run.progress.step - max(at_step, 0) >= task.checkpoint_interval
+                stopping = mesh.any(stop.requested)
+                if (due and not last) or stopping:
+                    at_step = run.progress.step if save() else at_step
+                if stopping and not last:
+                    say(f"{task.name}: asked to stop; saved at step {at_step}, the same command goes on from there")
+                    return
+        if at_step != run.progress.step and not save():
+            raise ValueError(f"the final checkpoint of {task.name} could not be written; free some disk space and run again")
+        mesh.barrier()
+        if mesh.rank == 0:
+            recorder.checkpoint(checkpoint.latest(task.folder).path)
+            finish(task, earlier + time.monotonic() - begun)
+        mesh.barrier()
+
+
+def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> dict[str, float]:
+    """One optimizer step: forward, backward over the micro-batches, then clip and step. Returns sums over all ranks."""
+    local = [sum(getattr(batch, name) for batch in batches) for name in ("weight", "tokens", "samples")]
+    weight, tokens, samples = run.mesh.sum_tensor(torch.tensor(local, dtype=torch.float64)).tolist()
+    sums: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        result = task.loss(run, batch)
+        for role, loss in result.losses.items():
+            run.engines[role].backward(loss / weight, last=index == len(batches) - 1)
+            name = "loss" if role == "model" else f"{role}/loss"
+            sums[name] = sums.get(name, 0.0) + loss.detach().double()
+        for name, value in result.metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
+    assert all(abs(value) < float("inf") for value in out.values()), f"not finite at step {run.progress.step}: {out}"
+    for role in result.losses:
+        norm = run.engines[role].step(rate)
+        out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight
+    run.progress.tokens += int(tokens)
+    run.progress.samples += int(samples)
+    return out | {"weight": weight}
+
+
+class _Meter:
+    """Adds up steps between two logged rows; means are over the weight, throughput over the wall clock."""
+
+    def __init__(self, run: Running, flops: float, peak: float | None) -> None:
+        self.run, self.flops, self.peak = run, flops, peak
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.since, self.tokens = time.monotonic(), self.run.progress.tokens
+
+    def add(self, sums: dict[str, float], rate: float) -> None:
+        self.rate = rate
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def report(self, seconds: float) -> dict[str, float | int | None]:
+        """The row to log; the sums start again."""
+        weight = self.sums.pop("weight")
+        speed = (self.run.progress.tokens - self.tokens) / (time.monotonic() - self.since)
+        peak = None if self.peak is None else self.peak * self.run.mesh.world
+        row: dict[str, float | int | None] = {
+            "step": self.run.progress.step,
+            **{name: value / weight for name, value in self.sums.items()},
+            "learning_rate": self.rate,
+            "tokens": self.run.progress.tokens,
+            "tokens_per_second": speed,
+            "mfu": None if peak is None else speed * self.flops / peak,
+            "memory_gib": memory_gib(self.run.mesh.device),
+            "seconds": seconds,
+            **self.run.notes,
+        }
+        self.run.notes.clear()
+        self.restart()
+        return row
+
+
+def _short(row: dict[str, float | int | None]) -> str:
+    mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.0%}"
+    extra = [f"{name.rpartition('/')[2]} {row[name]:.3f}" for name in row if name.startswith(("validation/", "reward/mean"))]
+    return ", ".join([f"loss {row['loss']:.3f}", *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"])
+
+
+def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> None:
+    """Puts weights, moments, and position back."""
+    saved.check_tokenizer(run.tokenizer)
+    if task.resume == "same" and saved.manifest["fingerprint"] != task.fingerprint():
+        raise ValueError(
+            f"{saved.path} was trained with other settings or data; give another run=..., delete {task.folder} to start "
+            "over, or go on regardless with resume=any"
+        )
+    for role, engine in run.engines.items():
+        engine.load_logical(saved.reader(role), saved.manifest["progress"]["step"])
+    run.progress = Progress(**saved.manifest["progress"])
+    say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")
+
+
+def _reseed(seed: int, run: Running) -> None:
+    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, and the data rank."""
+    torch.manual_seed((seed * 1_000_003 + run.progress.step) * 65_537 + run.mesh.data_rank)
+
+
+class _StopFlag:
+    """Whether SIGTERM or SIGUSR1 has arrived. The loop looks at it between steps, on all ranks together."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_StopFlag":
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

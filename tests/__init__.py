@@ -1,0 +1,1 @@
+"""The tests mirror megachat/: `tests/align/test_dpo.py` tests `megachat/align/dpo.py`."""

@@ -1,0 +1,53 @@
+"""DPO's loss by hand, and the place it converges to in closed form."""
+
+from math import log
+
+import pytest
+import torch
+from torch import full, tensor
+from torch.testing import assert_close
+
+from megachat.align.dpo import dpo_loss, preference
+from megachat.align.pairs import Pair
+
+
+def test_dpo_is_log_2_when_policy_equals_reference():
+    same = Pair(chosen=tensor([-1.0, -9.0]), rejected=tensor([-2.0, -3.0]))
+    assert_close(dpo_loss(same, same, beta=0.1), full((2,), log(2)), rtol=0, atol=0)
+
+
+def test_dpo_by_hand():
+    # the policy prefers by -1 + 4 = 3, the reference by -2 + 2.5 = .5: 2.5 nats more; -log sigmoid(.2 * 2.5)
+    policy, reference = Pair(tensor([-1.0]), tensor([-4.0])), Pair(tensor([-2.0]), tensor([-2.5]))
+    assert_close(preference(policy, reference), tensor([2.5]))
+    assert_close(dpo_loss(policy, reference, beta=0.2), tensor([0.4740769841801067]))
+    smoothed = 0.9 * 0.4740769841801067 + 0.1 * 0.9740769841801067
+    assert_close(dpo_loss(policy, reference, beta=0.2, smoothing=0.1), tensor([smoothed]))
+
+
+@pytest.mark.parametrize(("smoothing", "margin"), [(0.0, 13.8629436), (0.1, 10.4596856)])
+def test_labels_right_eight_times_in_ten_end_at_the_margin_of_the_closed_form(
+    smoothing: float, margin: float
+):
+    # .8 L(h) + .2 L(-h) is least where sigmoid(beta h) is the share of labels that are believed:
+    # h = logit(.8) / .1 = 13.8629; smoothing .1 leaves .8 * .9 + .2 * .1 = .74, logit(.74) / .1 = 10.4597.
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    reference = tensor([-1.3, -0.4], dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(
+        [logits], lr=1, max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        logps = torch.log_softmax(logits, 0)
+        policy, kept = Pair(logps[:1], logps[1:]), Pair(reference[:1], reference[1:])
+        turned = [Pair(pair.rejected, pair.chosen) for pair in (policy, kept)]
+        value = 0.8 * dpo_loss(policy, kept, 0.1, smoothing) + 0.2 * dpo_loss(
+            turned[0], turned[1], 0.1, smoothing
+        )
+        value.sum().backward()
+        return value.sum()
+
+    optimizer.step(loss)
+    reached = (logits[0] - logits[1]).detach() - (reference[0] - reference[1])
+    assert reached.item() == pytest.approx(margin, abs=1e-3)

@@ -1,0 +1,64 @@
+"""What every test finds: a CPU, one thread, no account, no network, and a run folder of its own.
+
+The environment is set on import, before anything imports torch or DeepSpeed.
+A test marked `gpu` is skipped without a GPU; with MEGACHAT_REQUIRE_GPU=1, on a machine that ought to have one, it fails.
+A test that is not marked sees no GPU even where there is one: its numbers are the CPU's.
+DeepSpeed is set to the CPU for good in this process: a GPU test that trains runs `@on_ranks(1, device="cuda")`.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+QUIET = {
+    "OMP_NUM_THREADS": "1",  # tests and their ranks share few cores
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "NETRC": os.devnull,  # a developer who is logged in to W&B must not upload test runs
+    "MPLBACKEND": "agg",
+}
+os.environ.update(QUIET)
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+for name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+    os.environ.pop(name, None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs more GPUs than there are."""
+    needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
+    if not needed:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < needed:
+        why = f"needs {needed} NVIDIA GPU{'s' if needed > 1 else ''}, and torch sees {found}"
+        if os.environ.get("MEGACHAT_REQUIRE_GPU") == "1":
+            pytest.fail(f"{why}, but MEGACHAT_REQUIRE_GPU=1", pytrace=False)
+        pytest.skip(why)
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked = request.node.get_closest_marker("gpu") or request.node.get_closest_marker("multigpu")
+    if not marked and "torch" in sys.modules:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The path of a run folder that does not exist yet."""
+    return tmp_path / "runs" / "test"
+
+
+@pytest.fixture
+def offline_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """`monkeypatch` without rank, world, or Slurm in the environment, for tests of how megachat starts."""
+    for name in [key for key in os.environ if key.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    yield monkeypatch

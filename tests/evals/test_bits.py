@@ -1,0 +1,50 @@
+"""Bits per byte."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megachat.evals.bits import bits_per_byte, spread, token_bits
+from tests.evals import tiny
+
+
+def test_a_coin_costs_one_bit_and_a_quarter_two():
+    logits = torch.tensor([[[0.0, 0.0, -math.inf], [math.log(1.0), math.log(2.0), math.log(1.0)]]])
+    assert_close(token_bits(logits, torch.tensor([[1, 2]])), torch.tensor([[1.0, 2.0]]))
+
+
+def window(tokens: list[int]) -> dict[str, np.ndarray]:
+    return {"tokens": np.array(tokens), "documents": np.zeros(len(tokens), dtype=np.int64)}
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token():
+    model = tiny.model()
+    torch.nn.init.zeros_(model.embed.weight)  # all logits are 0
+    lengths = np.full(300, 2)
+    score = bits_per_byte(model, [window([5, 6, 7, 8, 9]), window([1, 2, 3, 4, 5])], lengths, batch=1)
+    assert score.value == pytest.approx(math.log2(300) / 2, rel=1e-6)
+    assert score.n == 2
+
+
+def test_tokens_without_bytes_are_neither_text_nor_cost():
+    model = tiny.model()
+    lengths = np.full(300, 3)
+    plain = bits_per_byte(model, [window([5, 6, 7])], lengths, batch=4)
+    lengths[8] = 0
+    with_control = bits_per_byte(model, [window([5, 6, 7, 8])], lengths, batch=4)
+    assert with_control.value == pytest.approx(plain.value, rel=1e-6)
+
+
+def test_the_batch_does_not_change_the_value():
+    generator = np.random.default_rng(0)
+    windows = [window(list(generator.integers(0, 300, 20))) for _ in range(5)]
+    one, four = (bits_per_byte(tiny.model(), windows, np.full(300, 2), batch=batch) for batch in (1, 4))
+    assert one.value == pytest.approx(four.value, rel=1e-6)
+
+
+def test_windows_are_spread_over_the_whole_shard():
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 100) == [0, 1, 2]

@@ -1,0 +1,174 @@
+"""Writing: greedy against a loop without a cache, sampling against distributions worked out by hand."""
+
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, tensor
+from torch.testing import assert_close
+
+from megachat.model.generate import Sampling, generate, stream, truncate
+from tests.model.test_gpt import some_tokens, tiny
+
+GREEDY = Sampling(temperature=0, top_k=0, top_p=1, max_new_tokens=12)
+FREE = Sampling(temperature=1, top_k=0, top_p=1, max_new_tokens=12)
+PROMPTS = [some_tokens(n, seed=n).tolist() for n in (7, 1, 12, 4)]
+
+
+class Wrapped(nn.Module):
+    """Like a DeepSpeed engine: a model's forward without its other methods. Notes the rows of each call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+        self.batches: list[int] = []
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        self.batches.append(inputs[0].shape[0])
+        return self.module(*inputs, **named)
+
+
+def written_without_cache(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_writing_of_a_ragged_batch_equals_a_loop_over_single_prompts_without_a_cache() -> None:
+    model = tiny(tied=False)
+    expected = [written_without_cache(model, prompt, 12) for prompt in PROMPTS]
+    assert len({token for row in expected for token in row}) > 5  # or the test would show little
+    assert generate(model, PROMPTS, GREEDY, stop=set()) == expected
+    assert generate(Wrapped(model), PROMPTS, GREEDY, stop=set(), pad=3) == expected
+
+
+def test_a_row_ends_with_its_stop_token_and_the_others_go_on() -> None:
+    model = tiny(tied=False)
+    whole = generate(model, PROMPTS, GREEDY, stop=set())
+    stop = {whole[0][2], whole[2][5]}
+    expected = []
+    for row in whole:
+        ends = [i for i, token in enumerate(row) if token in stop]
+        expected.append(row[: ends[0] + 1] if ends else row)
+    assert sorted(map(len, expected))[0] < 12
+    assert generate(model, PROMPTS, GREEDY, stop=stop) == expected
+
+
+def test_stopped_rows_leave_the_batch_once_they_are_half_of_it() -> None:
+    class Countdown(nn.Module):
+        """After n comes n - 1."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens: Tensor, cache: Any) -> Tensor:
+            return nn.functional.one_hot((tokens - 1).clamp(min=0), 10).float()
+
+    model = Wrapped(Countdown())
+    answers = generate(model, [[1], [2], [3], [6]], GREEDY, stop={0})
+    assert answers == [[0], [1, 0], [2, 1, 0], [5, 4, 3, 2, 1, 0]]
+    assert model.batches == [4, 4, 2, 1, 1, 1]
+
+
+def test_a_rank_that_has_finished_goes_along_until_all_have() -> None:
+    model = Wrapped(tiny(tied=False))
+    first = generate(model, PROMPTS, GREEDY, stop=set())
+    model.batches, said = [], []
+
+    def synced(finished: bool) -> bool:
+        said.append(finished)
+        return len(said) == 9  # the slowest rank stops at its ninth token
+
+    answers = generate(model, PROMPTS, GREEDY, stop={row[0] for row in first}, synced=synced)
+    assert answers == [row[:1] for row in first]
+    assert said == [True] * 9
+    assert model.batches == [4] + [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (0, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (2, 1.0, [0, 4 / 7, 0, 3 / 7]),
+        (0, 0.6, [0, 4 / 7, 0, 3 / 7]),  # 0.4 does not reach 0.6; 0.4 + 0.3 does
+        (0, 0.35, [0, 1.0, 0, 0]),  # the token that reaches it stays, though it goes beyond
+        (0, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (3, 0.75, [0, 4 / 7, 0, 3 / 7]),  # of the top three alone, 0.4 + 0.3 are 7/9 > 0.75
+        (1, 0.75, [0, 1.0, 0, 0]),
+        (9, 1.0, [0.1, 0.4, 0.2, 0.3]),  # more than there are
+    ],
+)
+def test_truncation_keeps_the_distribution_worked_out_by_hand(
+    top_k: int, top_p: float, kept: list[float]
+) -> None:
+    logits = tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    assert_close(truncate(logits, top_k, top_p).softmax(-1), tensor([kept]))
+
+
+def test_each_row_is_truncated_for_itself() -> None:
+    logits = tensor([[0.6, 0.4], [0.1, 0.9]]).log()
+    assert_close(truncate(logits, 1, 1.0).isfinite(), tensor([[True, False], [False, True]]))
+
+
+def test_of_equal_logits_exactly_top_k_stay() -> None:
+    assert truncate(torch.zeros(1, 5), 2, 1.0).isfinite().tolist() == [[True, True, False, False, False]]
+
+
+def test_samples_have_the_frequencies_of_the_tempered_truncated_distribution() -> None:
+    logits = tensor([0.64, 0.32, 0.04]).log().expand(40_000, 3)
+    chosen = FREE.model_copy(update={"temperature": 2.0, "top_k": 2}).choose(
+        logits, torch.Generator().manual_seed(0)
+    )
+    # At temperature 2 the weights are roots: 0.8 and 0.4 sqrt 2; 40,000 draws have a deviation of 0.0025.
+    assert (chosen == 0).float().mean().item() == pytest.approx(0.8 / (0.8 + 0.4 * 2**0.5), abs=0.01)
+    assert (chosen == 2).sum() == 0
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert GREEDY.choose(tensor([[0.1, 0.3, 0.2], [3.0, 1.0, 2.0]])).tolist() == [1, 0]
+
+
+def test_a_generator_decides_everything_and_rows_are_drawn_apart() -> None:
+    model = tiny(tied=False)
+    first, second, third = (
+        generate(model, [PROMPTS[0]] * 16, FREE, set(), torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == second
+    assert first != third
+    assert len({row[0] for row in first}) > 1
+
+
+def test_streaming_gives_what_generating_gives_as_it_is_written() -> None:
+    model = tiny(tied=False).train()
+    whole = generate(model, PROMPTS[:1], FREE, set(), torch.Generator().manual_seed(1))[0]
+    streamed = stream(model, PROMPTS[0], FREE, set(), torch.Generator().manual_seed(1))
+    assert list(islice(streamed, 5)) == whole[:5]
+    streamed.close()  # type: ignore[attr-defined]
+    assert model.training  # as it was, even after half an answer
+
+
+def test_on_token_hears_of_every_token_row_by_row() -> None:
+    heard: list[tuple[int, int]] = []
+    answers = generate(
+        tiny(tied=False), PROMPTS[:2], GREEDY, set(), on_token=lambda row, token: heard.append((row, token))
+    )
+    assert heard == [pair for a, b in zip(*answers, strict=True) for pair in ((0, a), (1, b))]
+
+
+def test_dropout_is_off_while_writing() -> None:
+    model = tiny(tied=False, dropout=0.5).train()
+    assert generate(model, PROMPTS, GREEDY, set()) == generate(model, PROMPTS, GREEDY, set())
+    assert model.training
+
+
+def test_a_prompt_that_leaves_no_room_in_the_context_is_refused() -> None:
+    prompt = some_tokens(60).tolist()
+    with pytest.raises(ValueError, match="71 tokens is longer than the model's context=64"):
+        generate(tiny(), [prompt], GREEDY, set())
+    assert (
+        len(generate(tiny(), [prompt[:53]], GREEDY, set())[0]) == 12
+    )  # 53 + 12 - 1 places: the last is not read

@@ -1,0 +1,60 @@
+"""The cache, and rotations; attention as a whole is compared with other implementations in test_gpt.py."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from megachat.model.layers import Cache, Rope
+from tests.model.test_gpt import some_tokens, tiny
+
+
+def test_a_quarter_turn_swaps_the_halves_of_a_head() -> None:
+    # The first pair turns by its position in radians, the second (base 4: 4 ** -0.5) by half as much.
+    rope = Rope.at(tensor([[0, 1]]), 4, 4.0, torch.float32)
+    x = tensor([1.0, 0.0, 0.0, 2.0]).expand(1, 2, 1, 4)
+    turned = [math.cos(1), -2 * math.sin(0.5), math.sin(1), 2 * math.cos(0.5)]
+    assert_close(rope(x)[0, :, 0], tensor([[1.0, 0.0, 0.0, 2.0], turned]))
+
+
+@pytest.mark.parametrize("pieces", [[13], [12, 1], [1] * 13, [4, 8, 1], [5, 1, 1, 6]])
+def test_reading_in_pieces_equals_reading_at_once(pieces: list[int]) -> None:
+    model, tokens = tiny(), some_tokens(2, 13)
+    cache = Cache(20)
+    with torch.no_grad():
+        for piece in tokens.split(pieces, dim=1):
+            logits = model(piece, cache=cache)
+        assert_close(logits, model(tokens)[:, -1:], rtol=0, atol=1e-5)
+    assert cache.length == 13
+
+
+@pytest.mark.parametrize("pieces", [[9], [8, 1], [3, 6]])
+def test_pads_on_the_left_are_not_seen(pieces: list[int]) -> None:
+    model, tokens = tiny(), some_tokens(3, 9)
+    cache = Cache(9, padding=tensor([0, 4, 8]))
+    with torch.no_grad():
+        for piece in tokens.split(pieces, dim=1):
+            logits = model(piece, cache=cache)
+        for row, pads in enumerate([0, 4, 8]):
+            alone = model(tokens[row : row + 1, pads:])[:, -1]
+            assert_close(logits[row : row + 1, -1], alone, rtol=0, atol=1e-5)
+
+
+def test_a_cache_keeps_the_rows_it_is_told_to() -> None:
+    model, tokens = tiny(), some_tokens(3, 9)
+    cache = Cache(9, padding=tensor([2, 0, 5]))
+    with torch.no_grad():
+        model(tokens[:, :8], cache=cache)
+        cache.keep(tensor([2, 0]))
+        logits = model(tokens[[2, 0], 8:], cache=cache)
+        assert_close(logits[0, 0], model(tokens[2:3, 5:])[0, -1], rtol=0, atol=1e-5)
+        assert_close(logits[1, 0], model(tokens[0:1, 2:])[0, -1], rtol=0, atol=1e-5)
+
+
+def test_no_mask_is_made_where_none_is_needed() -> None:
+    cpu = torch.device("cpu")
+    assert Cache(9).mask(5, cpu) is None
+    assert Cache(9, length=5).mask(1, cpu) is None
+    assert Cache(9, length=2).mask(2, cpu).tolist() == [[[[True, True, True, False], [True] * 4]]]

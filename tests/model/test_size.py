@@ -1,0 +1,77 @@
+"""Formulas against the models they describe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from megachat.config import CONF, decode, plain
+from megachat.model.gpt import GPT, GPTConfig
+from megachat.model.layers import Cache
+from megachat.model.size import cache_bytes, flops_per_token, parameters
+from tests.model.test_gpt import TINY, VOCAB, some_tokens, tiny
+
+MODELS = sorted((CONF / "model").glob("*.yaml"))
+
+
+def read(path: Path) -> GPTConfig:
+    config = decode(plain(OmegaConf.load(path)))
+    assert isinstance(config, GPTConfig)
+    return config
+
+
+def count(config: GPTConfig, vocab: int) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config, vocab).parameters())
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_parameters_are_counted_as_built(path: Path) -> None:
+    assert parameters(read(path), 4096) == count(read(path), 4096)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_parameters_are_counted_whatever_is_tied_or_normalised(qk_norm: bool, tied: bool) -> None:
+    config = TINY.model_copy(update={"qk_norm": qk_norm, "tied": tied})
+    assert parameters(config, VOCAB) == count(config, VOCAB)
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_the_first_line_of_a_models_file_gives_its_size(path: Path) -> None:
+    vocab = 4096 if path.stem in ("gpt_3m", "gpt_6m") else 65536
+    millions = parameters(read(path), vocab) / 1e6
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# {millions:,.1f} M parameters with a vocabulary of {vocab:,}"
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_splits_over_two_ranks_and_the_large_ones_over_eight(path: Path) -> None:
+    config = read(path)
+    ranks = 8 if parameters(config, 65536) > 5e9 else 2
+    assert config.kv_heads % ranks == 0
+    assert config.hidden % ranks == 0
+
+
+def test_flops_of_the_weights_are_those_that_torch_counts() -> None:
+    batch, seq = 2, 16
+    with FlopCounterMode(display=False) as counter:
+        tiny()(some_tokens(batch, seq)).sum().backward()
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    attention = TINY.layers * 6 * seq * TINY.heads * TINY.head_dim
+    assert (flops_per_token(TINY, VOCAB, seq) - attention) * batch * seq == counted
+
+
+def test_flops_of_attention_are_the_causal_half() -> None:
+    # Scores: 2 x 8 flops for each of 4 heads and 8 mean keys; the sum as many; backward twice that.
+    per_layer = 3 * 2 * (2 * 8 * 4 * 8)
+    assert flops_per_token(TINY, VOCAB, 16) - flops_per_token(TINY, VOCAB, 0) == 2 * per_layer
+
+
+def test_the_cache_takes_the_bytes_promised() -> None:
+    cache = Cache(20)
+    tiny()(some_tokens(3, 5), cache=cache)
+    held = sum(t.nbytes for past in cache.layers.values() for t in (past.k, past.v) if t is not None)
+    assert cache_bytes(TINY, batch=3, length=20, bytes_each=4) == held

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then lint, types, tests; the total comes last.
+#   bash tools/test.sh                     what runs anywhere in a few minutes
+#   bash tools/test.sh --all               also the slow ones and those that need Slurm, a browser, or a GPU
+#   bash tools/test.sh tests/align -k dpo  other arguments go to pytest
+# A part that fails does not hide the next one; the exit status says whether everything passed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tools/setup.sh dev
+
+marks=(-m "not slow and not slurm and not faults and not browser and not vllm and not gpu and not multigpu")
+arguments=()
+for argument in "$@"; do
+    if [[ $argument == --all ]]; then marks=(); else arguments+=("$argument"); fi
+done
+color=$([[ -t 1 ]] && echo yes || echo no)
+log=.venv/pytest.log
+
+failed=()
+check() {
+    local name=$1 begin=$SECONDS
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+    echo "   $((SECONDS - begin)) s"
+}
+tests() { .venv/bin/python -m pytest --color="$color" "${marks[@]}" "${arguments[@]}" | tee "$log"; }
+
+check "ruff check" .venv/bin/ruff check --quiet .
+check "ruff format" .venv/bin/ruff format --check --diff --quiet .
+check mypy .venv/bin/mypy
+check pytest tests
+
+echo
+if (( ${#failed[@]} )); then echo "FAILED: ${failed[*]}"; else echo "All checks passed."; fi
+echo "Total: $(tail -n 1 "$log"); lint and types included: $SECONDS s"
+(( ${#failed[@]} == 0 ))
