@@ -79,11 +79,11 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
 
     stage = Stage.of(tree)
     try:
-        processes = _processes() if stage.trains else 1
-        if processes > 1:
-            from megachat.parallel.mesh import launch
+        if stage.trains and "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+            from megachat.parallel.mesh import expected_world, launch
 
-            sys.exit(launch(command, processes))
+            if (processes := expected_world()) > 1:
+                sys.exit(launch(command, processes))
         perform(stage)
     except (ValueError, OSError) as error:
         if os.environ.get("MEGACHAT_TRACEBACK"):
@@ -91,15 +91,6 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
         print(f"megachat {command[0]}: {error}", file=sys.stderr)
         print("(MEGACHAT_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(1)
-
-
-def _processes() -> int:
-    """One for each visible GPU, unless a launcher has started this process as a rank already."""
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
-        return 1
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 def _through_hydra(stage: str, overrides: Sequence[str]) -> None:

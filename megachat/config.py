@@ -1,4 +1,4 @@
-"""From the command line to typed settings: Hydra composes `conf/`, `decode` checks it, the code sees frozen objects.
+"""From the command line to typed settings: Hydra composes `conf/`, `decode` checks, code sees frozen blocks.
 
 Each block of YAML names the class it fills with `_target_`; there is no registry to keep in step.
 No setting has a default in Python: `conf/` is the one place a value is written.
@@ -64,13 +64,13 @@ def stages() -> dict[str, str]:
 
 
 def compose(stage: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What Hydra makes of `conf/<stage>.yaml` and the overrides, as plain dicts and lists, `_target_`s included."""
+    """What Hydra makes of `conf/<stage>.yaml` and the overrides: plain dicts and lists, with `_target_`s."""
     try:
         GlobalHydra.instance().clear()
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             config = hydra_compose(stage, overrides=list(HYDRA_SETTINGS) + rewrite(stage, overrides))
         return plain(config)
-    except (HydraException, ValueError) as error:  # ValueError: Hydra's word for `log=3` where `log` is a group
+    except (HydraException, ValueError) as error:  # ValueError: Hydra's for `log=3`, a group
         raise ConfigError(_readable(error)) from None
 
 
@@ -88,7 +88,7 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
     """Makes overrides digestible for Hydra without the user having to know its grammar.
 
     `experiment=quickstart` becomes the group choice `experiment/quickstart/<stage>.yaml` and the run folder
-    `runs/quickstart`; an unknown key is passed on (`++key`) so that `decode` reports it with every other mistake;
+    `runs/quickstart`; an unknown key is passed on (`++key`) so that `decode` reports it with the others;
     a value that Hydra cannot lex (Chinese, apostrophes, a comma outside a sweep) is quoted.
 
     Example: rewrite("chat", ["prompt=What's new?"]) -> ["++prompt='What\\'s new?'"]
@@ -101,11 +101,15 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
             raise ConfigError(f"{override}: not a setting; write key=value")
         if bare == "experiment" and equals:
             out[:0] = _experiment(stage, value)
-        elif not equals or key != bare or bare.startswith("hydra") or (CONF / bare.partition("@")[0]).is_dir():
+        elif not equals or key != bare or bare.startswith("hydra") or _is_group(bare):
             out.append(override)
         else:
             out.append(f"++{key}={_quoted(value, sweep)}")
     return out
+
+
+def _is_group(key: str) -> bool:
+    return (CONF / key.partition("@")[0]).is_dir()
 
 
 def _experiment(stage: str, name: str) -> list[str]:
@@ -123,7 +127,8 @@ def _quoted(value: str, sweep: bool) -> str:
         if sweep or not parsed.is_sweep_override():
             return value
     except HydraException:
-        pass
+        if value.startswith("[") and value.endswith("]"):  # paths=[语料/*.txt]: its items need the quotes
+            return "[" + ",".join(_quoted(item.strip(), sweep) for item in value[1:-1].split(",")) + "]"
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -150,7 +155,8 @@ def _decode(node: Any, path: str, mistakes: list[str]) -> Any:
         return [_decode(item, _join(path, i), mistakes) for i, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    values = {key: _decode(value, _join(path, key), mistakes) for key, value in node.items() if key != "_target_"}
+    settings = {key: value for key, value in node.items() if key != "_target_"}
+    values = {key: _decode(value, _join(path, key), mistakes) for key, value in settings.items()}
     if "_target_" not in node:
         return values
     values = {key: value for key, value in values.items() if not _left_open(value)}
@@ -223,8 +229,8 @@ def describe(stage: str) -> str:
 
 
 def _describe_block(tree: dict[str, Any], path: str) -> list[str]:
-    cls = _locate(tree["_target_"], path, mistakes := [])
-    assert cls is not None, mistakes
+    cls = _locate(tree["_target_"], path, [])
+    assert cls is not None, "a stage of ours names a class that is not there; tests/test_conf.py finds it"
     lines = []
     for name, field in cls.model_fields.items():
         value, key = tree.get(name), _join(path, name)

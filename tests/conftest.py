@@ -1,14 +1,13 @@
 """What every test finds: a CPU, one thread, no account, no network, and a run folder of its own.
 
 The environment is set on import, before anything imports torch or DeepSpeed.
-A test marked `gpu` is skipped without a GPU; with MEGACHAT_REQUIRE_GPU=1, on a machine that ought to have one, it fails.
+A test marked `gpu` is skipped without a GPU; with MEGACHAT_REQUIRE_GPU=1 it fails instead.
 A test that is not marked sees no GPU even where there is one: its numbers are the CPU's.
-DeepSpeed is set to the CPU for good in this process: a GPU test that trains runs `@on_ranks(1, device="cuda")`.
+DeepSpeed is set to the CPU for good in this process: a GPU test that trains is `@on_ranks(1, device="cuda")`.
 """
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,8 +56,8 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def offline_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def offline_env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """`monkeypatch` without rank, world, or Slurm in the environment, for tests of how megachat starts."""
     for name in [key for key in os.environ if key.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
-    yield monkeypatch
+    return monkeypatch

@@ -1,13 +1,13 @@
-"""`@on_ranks(n)`: the body of a test runs in n processes on the CPU, which find each other as `torchrun`'s would.
+"""`@on_ranks(n)`: the body of a test runs in n processes on the CPU that find each other as `torchrun`'s do.
 
     @on_ranks(2)
     def test_two_ranks_agree(tmp_path: Path) -> None:
         ...
 
-Fixtures and parameters reach every rank (they are pickled); what the body returns is dropped. The first rank to fail
-ends the test: its traceback and what it printed are shown, and the others, which wait for it in a collective
-operation for ever, are killed. The processes fork from a server that has torch and DeepSpeed imported already, so
-a rank starts in milliseconds; the body itself is found again by name, as `module:function`.
+Fixtures and parameters reach every rank (they are pickled). The first rank to fail ends the test: its
+traceback and what it printed are shown, and the others, which wait for it in a collective, are killed.
+The processes fork from a server that has torch and DeepSpeed imported already, so that a rank starts in
+milliseconds; the body is found again by name, as `module:function`.
 """
 
 import functools
@@ -30,7 +30,7 @@ Body = Callable[..., None]
 
 
 def on_ranks(world: int, timeout: float = 120, device: str = "cpu") -> Callable[[Body], Body]:
-    """Runs the decorated test in `world` processes with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+    """Runs the decorated test in `world` processes, with RANK, WORLD_SIZE, MASTER_ADDR and their like set.
 
     After `timeout` seconds all are killed and the test fails. `device="cuda"` gives rank r the GPU r.
     """
@@ -56,7 +56,9 @@ def run(name: str, world: int, timeout: float, device: str, arguments: dict[str,
             here, there = context.Pipe(duplex=False)
             environment = _environment(rank, world, port, device)
             log = Path(folder) / f"rank{rank}.log"
-            process = context.Process(target=_main, args=(there, name, arguments, environment, log), daemon=True)
+            process = context.Process(
+                target=_main, args=(there, name, arguments, environment, log), daemon=True
+            )
             process.start()
             there.close()
             ranks.append(process)
@@ -85,7 +87,9 @@ def _collect(pipes: list[Connection], timeout: float) -> tuple[list[tuple[int, s
         if not ready:
             if not failures:
                 stuck = ", ".join(str(rank) for rank in sorted(waiting.values()))
-                failures = [(rank, f"still running after {timeout:g} s: rank {stuck}") for rank in waiting.values()]
+                failures = [
+                    (rank, f"still running after {timeout:g} s: rank {stuck}") for rank in waiting.values()
+                ]
             break
         for pipe in ready:
             assert isinstance(pipe, Connection)
@@ -104,10 +108,14 @@ def _collect(pipes: list[Connection], timeout: float) -> tuple[list[tuple[int, s
 
 def _shown(rank: int, text: str, log: Path) -> str:
     printed = log.read_text(encoding="utf-8", errors="replace")[-4000:].strip() if log.exists() else ""
-    return f"--- rank {rank} ---\n{text.rstrip()}" + (f"\n--- rank {rank} printed ---\n{printed}" if printed else "")
+    return f"--- rank {rank} ---\n{text.rstrip()}" + (
+        f"\n--- rank {rank} printed ---\n{printed}" if printed else ""
+    )
 
 
-def _main(pipe: Connection, name: str, arguments: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+def _main(
+    pipe: Connection, name: str, arguments: dict[str, Any], environment: dict[str, str], log: Path
+) -> None:
     """One rank."""
     os.environ.clear()
     os.environ.update(environment)

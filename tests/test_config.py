@@ -99,9 +99,11 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "conf"
 
 
-def told(*overrides: str, stage: str = "train", edit: Callable[[dict[str, Any]], None] = lambda tree: None) -> str:
+def told(
+    *overrides: str, stage: str = "train", edit: Callable[[dict[str, Any]], None] = lambda tree: None
+) -> str:
     """What the user reads after these overrides."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as caught:  # noqa: PT012
         tree = compose(stage, overrides)
         edit(tree)
         decode(tree)
@@ -126,7 +128,9 @@ def test_stages_are_the_files_with_their_first_comment() -> None:
 
 
 def test_several_mistakes_are_listed_at_once() -> None:
-    assert told("stepz=3", "model.dim=-1", "model.kind=gtp", "optimizer.lr=abc", "optimizer.momentum=0.9") == (
+    assert told(
+        "stepz=3", "model.dim=-1", "model.kind=gtp", "optimizer.lr=abc", "optimizer.momentum=0.9"
+    ) == (
         "5 mistakes in the config\n"
         "  model.dim: input should be greater than 0, got -1\n"
         "  model.kind: input should be 'gpt' or 'moe', got 'gtp'\n"
@@ -150,11 +154,16 @@ def test_a_name_like_none_is_answered_with_all_of_them() -> None:
 
 
 def test_a_missing_value_is_named() -> None:
-    assert told(edit=lambda tree: tree["model"].pop("heads")) == "1 mistake in the config\n  model.heads: missing"
+    assert (
+        told(edit=lambda tree: tree["model"].pop("heads"))
+        == "1 mistake in the config\n  model.heads: missing"
+    )
 
 
 def test_a_value_left_for_the_user_is_named(sample: Path) -> None:
-    (sample / "optimizer" / "adamw.yaml").write_text("{_target_: megachat.sample.AdamW, lr: '???', betas: [0, 1]}")
+    (sample / "optimizer" / "adamw.yaml").write_text(
+        "{_target_: megachat.sample.AdamW, lr: '???', betas: [0, 1]}"
+    )
     assert told("steps=0") == (
         "2 mistakes in the config\n  optimizer.lr: missing\n  steps: input should be greater than 0, got 0"
     )
@@ -177,7 +186,9 @@ def test_a_whole_number_may_be_written_as_a_float_but_not_a_half_one() -> None:
 
 
 def test_settings_that_contradict_each_other_are_reported_for_their_block() -> None:
-    assert told("model.heads=5") == "1 mistake in the config\n  model: dim (64) must be a multiple of heads (5)"
+    assert (
+        told("model.heads=5") == "1 mistake in the config\n  model: dim (64) must be a multiple of heads (5)"
+    )
 
 
 def test_a_field_may_say_what_it_wants_in_its_own_words() -> None:
@@ -247,7 +258,19 @@ def test_an_experiment_without_this_stage_only_names_the_run() -> None:
     assert (other.run, other.model.dim, other.steps) == (Path("runs/other"), 64, 10)
 
 
-UNLEXABLE = ["语言", "What's f(a, b)?", 'say "hi", you', "[1, 2", "{a", "a=b", "back\\slash", "two\nlines", "", "}", "<|user|>"]
+UNLEXABLE = [
+    "语言",
+    "What's f(a, b)?",
+    'say "hi", you',
+    "[1, 2",
+    "{a",
+    "a=b",
+    "back\\slash",
+    "two\nlines",
+    "",
+    "}",
+    "<|user|>",
+]
 
 
 @pytest.mark.parametrize("value", UNLEXABLE)
@@ -257,6 +280,10 @@ def test_a_value_arrives_as_typed(value: str) -> None:
 
 def test_a_run_may_have_a_chinese_name() -> None:
     assert decode(compose("train", ["run=runs/中文"])).run == Path("runs/中文")
+
+
+def test_a_list_of_what_hydra_cannot_lex_stays_a_list() -> None:
+    assert compose("train", ["prompt=[语料/*.txt, it's, 3]"])["prompt"] == ["语料/*.txt", "it's", 3]
 
 
 def test_a_list_of_choices_is_left_alone_in_a_sweep_and_quoted_elsewhere() -> None:

@@ -85,5 +85,5 @@ def breaks_a_shape() -> None:
 
 
 def test_signatures_are_checked_on_the_ranks_too() -> None:
-    with pytest.raises(pytest.fail.Exception, match="jaxtyping|beartype"):
+    with pytest.raises(pytest.fail.Exception, match=r"jaxtyping|beartype"):
         breaks_a_shape()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megachat.align.logprobs import answer_logps, token_logps
 from megachat.align.pairs import Data, Pair, Pairs, collate, own, parts, rendered, training_batches
 from megachat.align.rows import Rows
-from megachat.align.start import context, frozen, language_model, without_dropout
+from megachat.align.start import frozen, language_model, without_dropout
 from megachat.data.conversations import Preferences
 from megachat.train.loop import Batch, Losses, Running, Task
 
@@ -66,13 +66,11 @@ class DPO(Task):
 
     def prepare(self, run: Running) -> int:
         """Loads the reference and renders the preferences; `held_out` ones are only measured."""
-        reference = language_model(self, self.start, run)
-        run.frozen["reference"] = frozen(reference, run)
+        run.frozen["reference"] = frozen(language_model(self, self.start, run), run)
         train, held_out = self.preferences.preferences("train"), self.preferences.preferences("held_out")
-        longest = context(reference)
         run.data = Data(
-            rendered(train, run.tokenizer, longest),
-            rendered(held_out, run.tokenizer, longest) if held_out else [],
+            rendered(train, run.tokenizer, self.context),
+            rendered(held_out, run.tokenizer, self.context) if held_out else [],
         )
         return max(1, round(self.epochs * len(run.data.train) / self.batch))
 

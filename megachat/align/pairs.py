@@ -86,8 +86,10 @@ def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def own(items: Sequence[T], mesh: Mesh) -> Sequence[T]:
-    """This data rank's share of what is only measured: as many for every rank, because under ZeRO-3 all of them
-    must run equally many forwards. Up to `mesh.data - 1` items at the end are left out.
+    """This data rank's share of what is only measured.
+
+    It is equally large on every rank, because under ZeRO-3 all must run equally many forwards: up to
+    `mesh.data - 1` items at the end are left out.
     """
     share = len(items) // mesh.data
     return items[mesh.data_rank * share : (mesh.data_rank + 1) * share]

@@ -1,14 +1,30 @@
-"""Proximal policy optimisation (Schulman et al., 2017, https://arxiv.org/abs/1707.06347) on a reward model.
+"""STAGE ppo: proximal policy optimisation (Schulman et al., 2017, https://arxiv.org/abs/1707.06347).
 
-The distance to the reference is in the reward, as k1 = log p - log p_reference of the sampled token.
-There its gradient is exactly that of the KL-regularised objective;
-in the loss k1 has a gradient of 0 and k3 a wrong one.
-The stop token is an action like any other, and the reward model's score is paid on it.
+A policy answers, a reward model scores, a critic foresees the score. The distance to a frozen reference is in
+the reward, as k1 = log p - log p_reference of the sampled token. There its gradient is exactly that of the
+KL-regularised objective; in the loss k1 has a gradient of 0 and k3 a wrong one. The stop token is an action
+like any other, and the reward model's score is paid on it.
 """
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from megachat.align.logprobs import entropy, token_logps
+from megachat.align.pairs import own
+from megachat.align.rm import last_score
+from megachat.align.rollout import Rollout, estimated, in_parts, sample
+from megachat.align.rows import Rows, drawn, padded, that_fit
+from megachat.align.start import frozen, language_model, scorer, without_dropout
+from megachat.data.conversations import Prompts, Split
+from megachat.model.generate import Sampling
+from megachat.tokenizer.chat_format import render_prompt
+from megachat.train.loop import Batch, Losses, Running, Task
 
 
 def kl_rewards(
@@ -68,3 +84,221 @@ def clipped_value_loss(
     new, old, returns = (torch.where(mask, x, 0.0) for x in (new, old, returns))
     held = old + (new - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((new - returns) ** 2, (held - returns) ** 2)
+
+
+@dataclass(frozen=True)
+class Sampled(Batch):
+    """A micro-batch of sampled answers."""
+
+    rows: Rows
+    logps: Float[Tensor, "batch seq"]
+    values: Float[Tensor, "batch seq"]
+    advantages: Float[Tensor, "batch seq"]
+    returns: Float[Tensor, "batch seq"]
+
+
+@dataclass
+class Asked:
+    """The prompts, as tokens that end where the answer begins."""
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+
+
+class PPO(Task):
+    """Learn from a reward model, by sampling answers and making the better ones likelier."""
+
+    name: ClassVar[str] = "ppo"
+
+    start: str
+    """The stage whose model is trained on, and whose frozen copy is the reference."""
+    reward: str
+    """The stage whose model scores the answers; the critic starts from it, too."""
+    prompts: Prompts
+    """What the policy answers."""
+    rollouts: PositiveInt
+    """How often answers are sampled anew."""
+    rollout: PositiveInt
+    """Answers sampled at a time over all ranks, one to a prompt; a multiple of `batch`."""
+    epochs: PositiveInt
+    """Passes over the answers of a rollout."""
+    at_once: PositiveInt
+    """Answers that one rank writes side by side."""
+    temperature: PositiveFloat
+    """What logits are divided by, when sampling and in the loss."""
+    max_new_tokens: PositiveInt
+    """The longest answer, in tokens."""
+    kl: NonNegativeFloat
+    """What a nat of distance from the reference costs, in the reward model's units."""
+    unfinished: NonNegativeFloat
+    """What an answer that does not stop by itself costs, in the reward model's units."""
+    clip_ratio: PositiveFloat
+    """How far from 1 a token's probability ratio may move for gain in one rollout; the paper uses 0.2."""
+    clip_value: PositiveFloat
+    """How far a value may move towards its return in one rollout, in the reward model's units."""
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    """What a reward is worth one token earlier."""
+    lam: Annotated[float, Field(ge=0, le=1)]
+    """How far advantages look ahead: 1 is to the end of the answer, 0 one token."""
+    critic_first: NonNegativeInt
+    """Rollouts in which the critic learns alone."""
+    validation_prompts: NonNegativeInt
+    """Held-out prompts that are answered at each validation, at most."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "PPO":
+        if self.rollout % self.batch:
+            raise ValueError(f"rollout={self.rollout} is not a multiple of batch={self.batch}")
+        if self.max_new_tokens >= self.context:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in context={self.context}"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.epochs * self.rollout // self.batch
+
+    @property
+    def sampling(self) -> Sampling:
+        """From the whole distribution."""
+        return Sampling(temperature=self.temperature, top_k=0, top_p=1.0, max_new_tokens=self.max_new_tokens)
+
+    def reads(self) -> list[str]:
+        """The tokenizer, the fine-tuned model, and the reward model."""
+        return ["tokenizer", self.start, self.reward]
+
+    def models(self, run: Running) -> dict[str, nn.Module]:
+        """The fine-tuned model, and a critic that starts as the reward model."""
+        models = {
+            "model": language_model(self, self.start, run),
+            "critic": scorer(self, self.reward, run),
+        }
+        for model in models.values():
+            without_dropout(model)
+        return models
+
+    def prepare(self, run: Running) -> int:
+        """Loads the two judges and renders the prompts."""
+        reference, reward = language_model(self, self.start, run), scorer(self, self.reward, run)
+        run.frozen = {"reference": frozen(reference, run), "reward": frozen(reward, run)}
+        run.data = Asked(self._rendered("train", run), self._rendered("held_out", run))
+        return self.rollouts * self.steps
+
+    def _rendered(self, split: Split, run: Running) -> list[list[int]]:
+        prompts = [render_prompt(prompt.messages, run.tokenizer) for prompt in self.prompts.prompts(split)]
+        return that_fit(prompts, len, self.context - self.max_new_tokens, "prompts") if prompts else []
+
+    def batches(self, run: Running) -> Iterator[list[Batch]]:
+        """Samples a rollout, then goes over it `epochs` times in batches, each time in another order."""
+        while True:
+            number = run.progress.step // self.steps
+            assert run.progress.step % self.steps == 0, "a rollout cannot be resumed in its middle"
+            rollout = self._sample(run, number)
+            rewards = self._rewards(rollout)
+            advantages, returns = estimated(rollout, rewards, self.gamma, self.lam, run)
+            run.notes |= rollout.figures(run)
+            everything = rollout.rows, rollout.logps, rollout.values, advantages, returns
+            count, share = len(rollout.rows.tokens), self.batch // run.mesh.data
+            for epoch in range(self.epochs):
+                order = torch.tensor(drawn(count, self.seed + number, epoch * count, count))
+                for chosen in order.split(share):
+                    yield [_taken(*everything, part) for part in chosen.split(self.micro_batch)]
+
+    def _sample(self, run: Running, number: int) -> Rollout:
+        share = self.rollout // run.mesh.data
+        first = number * self.rollout + run.mesh.data_rank * share
+        asked = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, first, share)]
+        answered = sample(run, asked, self.sampling, self.at_once)
+        rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
+        policy, critic = run.engines["model"], run.engines["critic"]
+        with policy.inference(), critic.inference():
+            both = in_parts(rows, self.micro_batch, lambda part: self._logps_and_entropies(policy, part))
+            judged = in_parts(rows, self.micro_batch, lambda part: self._logps(run.frozen["reference"], part))
+            values = in_parts(rows, self.micro_batch, lambda part: critic(part.tokens).float())
+            scores = in_parts(
+                rows, self.micro_batch, lambda part: last_score(run.frozen["reward"](part.tokens), part.real)
+            )
+        return Rollout(
+            rows=rows,
+            stopped=torch.tensor([tokens[-1] == run.tokenizer.end for tokens, _ in answered]).to(
+                scores.device
+            ),
+            scores=scores.float(),
+            logps=both[:, 0],
+            reference=judged,
+            values=values,
+            entropies=both[:, 1],
+        )
+
+    def _logps(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch seq"]:
+        return token_logps(model(rows.tokens), rows.labels, self.temperature)
+
+    def _logps_and_entropies(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch 2 seq"]:
+        logits = model(rows.tokens)
+        logps = token_logps(logits, rows.labels, self.temperature)
+        return torch.stack([logps, entropy(logits, rows.mask, self.temperature)], dim=1)
+
+    def _rewards(self, rollout: Rollout) -> Float[Tensor, "batch seq"]:
+        scores = rollout.scores - self.unfinished * (~rollout.stopped).float()
+        return kl_rewards(scores, rollout.logps, rollout.reference, rollout.rows.mask, self.kl)
+
+    def may_stop(self, run: Running) -> bool:
+        """Between rollouts: the answers are not in the checkpoint."""
+        return run.progress.step % self.steps == 0
+
+    def loss(self, run: Running, batch: Sampled) -> Losses:
+        """The clipped losses of the policy and of the critic, summed over tokens."""
+        new = self._logps(run.engines["model"], batch.rows)
+        policy = clipped_policy_loss(new, batch.logps, batch.advantages, batch.rows.mask, self.clip_ratio)
+        values = run.engines["critic"](batch.rows.tokens).float()
+        critic = clipped_value_loss(values, batch.values, batch.returns, batch.rows.mask, self.clip_value)
+        warm = float(run.progress.step >= self.critic_first * self.steps)
+        moved = log_ratio(new.detach(), batch.logps, batch.rows.mask)
+        held = held_back(new.detach(), batch.logps, batch.advantages, batch.rows.mask, self.clip_ratio)
+        return Losses(
+            {"model": warm * policy.sum(), "critic": critic.sum()},
+            # k3 of how far the policy has moved since it sampled
+            {"clip_fraction": held.float().sum(), "moved": (torch.expm1(moved) - moved).sum()},
+        )
+
+    def validate(self, run: Running) -> dict[str, float]:
+        """The mean score of answers to held-out prompts."""
+        asked = own(run.data.held_out[: self.validation_prompts], run.mesh)
+        if not asked:
+            return {}
+        rows = padded(sample(run, asked, self.sampling, self.at_once), run.tokenizer.pad).to(run.mesh.device)
+        with run.engines["model"].inference():
+            scores = in_parts(
+                rows, self.micro_batch, lambda part: last_score(run.frozen["reward"](part.tokens), part.real)
+            )
+        return {"reward": run.mesh.sum(scores.double().sum().item()) / run.mesh.sum(float(len(scores)))}
+
+    def show(self, run: Running) -> str:
+        """A prompt and how the policy answers it."""
+        prompt = (run.data.held_out or run.data.train)[0]
+        ((tokens, _),) = sample(run, [prompt], self.sampling, 1)
+        return f"{run.tokenizer.decode(prompt)} {run.tokenizer.decode(tokens[len(prompt) :])}"
+
+
+def _taken(
+    rows: Rows,
+    logps: Float[Tensor, "all seq"],
+    values: Float[Tensor, "all seq"],
+    advantages: Float[Tensor, "all seq"],
+    returns: Float[Tensor, "all seq"],
+    chosen: Int[Tensor, " batch"],
+) -> Sampled:
+    """Some answers of a rollout as a micro-batch; a token of an answer weighs 1."""
+    some = rows.at(chosen)
+    return Sampled(
+        weight=float(some.mask.sum()),
+        tokens=int(some.real.sum()),
+        samples=len(chosen),
+        rows=some,
+        logps=logps[chosen],
+        values=values[chosen],
+        advantages=advantages[chosen],
+        returns=returns[chosen],
+    )

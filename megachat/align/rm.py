@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.pairs import Data, Pairs, collate, own, parts, rendered, training_batches
-from megachat.align.start import context, language_model
+from megachat.align.start import language_model
 from megachat.data.conversations import Preferences
 from megachat.model.heads import Scalar
 from megachat.train.loop import Batch, Losses, Running, Task
@@ -62,11 +62,10 @@ class RM(Task):
 
     def prepare(self, run: Running) -> int:
         """Renders the preferences; `held_out` ones are only measured."""
-        longest = context(run.engines["model"].module)
         train, held_out = self.preferences.preferences("train"), self.preferences.preferences("held_out")
         run.data = Data(
-            rendered(train, run.tokenizer, longest),
-            rendered(held_out, run.tokenizer, longest) if held_out else [],
+            rendered(train, run.tokenizer, self.context),
+            rendered(held_out, run.tokenizer, self.context) if held_out else [],
         )
         return max(1, round(self.epochs * len(run.data.train) / self.batch))
 

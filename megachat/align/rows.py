@@ -44,6 +44,10 @@ class Rows:
         """Some of the rows."""
         return Rows(self.tokens[start:stop], self.labels[start:stop], self.real[start:stop])
 
+    def at(self, chosen: Int[Tensor, " chosen"]) -> "Rows":
+        """The rows of these numbers, in their order."""
+        return Rows(self.tokens[chosen], self.labels[chosen], self.real[chosen])
+
     def to(self, device: torch.device) -> "Rows":
         """The same on a device."""
         return Rows(self.tokens.to(device), self.labels.to(device), self.real.to(device))
@@ -115,12 +119,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def that_fit(items: Sequence[T], longest: Callable[[T], int], context: int, what: str) -> list[T]:
-    """The items whose longest row is within the model's context. How many are left out is said aloud."""
+    """The items whose longest row is within the context. How many are left out is said aloud."""
     kept = [item for item in items if longest(item) <= context]
     if not kept:
         raise ValueError(
-            f"none of the {len(items):,} {what} fits in the model's context of {context} tokens; "
-            "use a model with a longer context, or shorter texts"
+            f"none of the {len(items):,} {what} fits in {context} tokens; "
+            "use a larger context, or shorter texts"
         )
     if len(kept) < len(items):
         dropped = len(items) - len(kept)

@@ -5,18 +5,18 @@ learns to stop. Conversations are packed into rows of one length and cannot see 
 what its tokens cost and its loss is that of its conversations one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from jaxtyping import Int
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.logprobs import token_logps
 from megachat.align.pairs import own, parts
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
-from megachat.align.start import context, language_model
+from megachat.align.start import language_model
 from megachat.data.conversations import Conversation, Conversations, Message, share
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
@@ -53,8 +53,6 @@ class SFT(Task):
     """The stage whose model is trained on."""
     conversations: Conversations
     """What is imitated."""
-    length: PositiveInt
-    """Tokens of a row that conversations are packed into; a longer conversation is left out."""
     epochs: PositiveFloat
     """Passes over the conversations."""
     validation: Annotated[float, Field(ge=0, lt=1)]
@@ -68,26 +66,22 @@ class SFT(Task):
 
     def models(self, run: Running) -> dict[str, nn.Module]:
         """The base model."""
-        model = language_model(self, self.start, run)
-        if self.length > context(model):
-            raise ValueError(
-                f"length={self.length} is longer than the model's context ({context(model)} tokens)"
-            )
-        return {"model": model}
+        return {"model": language_model(self, self.start, run)}
 
     def prepare(self, run: Running) -> int:
         """Renders and packs the conversations."""
-        train, held_out = [], []
+        train: list[Conversation] = []
+        held_out: list[Conversation] = []
         for conversation in self.conversations.conversations():
             (held_out if share(opening(conversation)) < self.validation else train).append(conversation)
         run.data = Material(self._packed(train, run), self._packed(held_out, run) if held_out else [])
-        say(f"sft: {len(train):,} conversations in {len(run.data.rows):,} rows of {self.length} tokens")
+        say(f"sft: {len(train):,} conversations in {len(run.data.rows):,} rows of {self.context} tokens")
         return max(1, round(self.epochs * len(run.data.rows) / self.batch))
 
     def _packed(self, conversations: list[Conversation], run: Running) -> list[list[Rendered]]:
         rendered = [render(conversation, run.tokenizer) for conversation in conversations]
-        fitting = that_fit(rendered, lambda one: len(one[0]), self.length, "conversations")
-        rows = pack([len(tokens) for tokens, _ in fitting], self.length)
+        fitting = that_fit(rendered, lambda one: len(one[0]), self.context, "conversations")
+        rows = pack([len(tokens) for tokens, _ in fitting], self.context)
         return [[fitting[item] for item in row] for row in rows]
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
@@ -98,8 +92,8 @@ class SFT(Task):
             rows = [run.data.rows[index] for index in drawn(len(run.data.rows), self.seed, first, count)]
             yield [self._collate(part, run) for part in parts(rows, self.micro_batch)]
 
-    def _collate(self, rows: list[list[Rendered]], run: Running) -> Said:
-        full = packed(rows, run.tokenizer.pad, self.length)
+    def _collate(self, rows: Sequence[list[Rendered]], run: Running) -> Said:
+        full = packed(rows, run.tokenizer.pad, self.context)
         return Said(
             weight=float((full.labels != IGNORE).sum()),
             tokens=int((full.documents >= 0).sum()),
@@ -125,12 +119,15 @@ class SFT(Task):
         nats, tokens = run.mesh.sum(nats), run.mesh.sum(tokens)
         return {"loss": nats / tokens} if tokens else {}
 
-    def show(self, run: Running) -> str:
+    def show(self, run: Running) -> str | None:
         """What the model answers to `question`."""
-        sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=min(64, self.length // 2))
         prompt = render_prompt((Message("user", self.question),), run.tokenizer)
+        room = min(64, self.context - len(prompt))
+        if room < 1:
+            return None
+        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=room)
         with run.engines["model"].inference() as model:
-            (new,) = generate(model, [prompt], sampling, {run.tokenizer.end}, synced=run.mesh.all)
+            (new,) = generate(model, [prompt], greedy, {run.tokenizer.end}, synced=run.synced)
         return f"{self.question} {run.tokenizer.decode(new)}"
 
 

@@ -41,14 +41,15 @@ def without_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
-def context(model: nn.Module) -> int:
-    """The longest sequence the model reads, in tokens."""
-    trunk = model.trunk if isinstance(model, Scalar) else model
-    assert isinstance(trunk, GPT)
-    return trunk.config.context
-
-
 def _load(task: Task, stage: str, run: Running) -> nn.Module:
     folder = task.input(stage)
     checkpoint.latest(folder).check_tokenizer(run.tokenizer)
-    return checkpoint.load_model(folder).model.train()
+    model = checkpoint.load_model(folder).model
+    trunk = model.trunk if isinstance(model, Scalar) else model
+    assert isinstance(trunk, GPT)
+    if task.context > trunk.config.context:
+        raise ValueError(
+            f"context={task.context} is longer than the {trunk.config.context} tokens that `{stage}` reads; "
+            f"use context={trunk.config.context} or less"
+        )
+    return model.train()

@@ -152,13 +152,15 @@ class Repetition(Filter):
         return self._commonest(document) <= self.four_grams * size
 
     def _commonest(self, document: Document) -> int:
-        """Characters in all copies of the commonest 4-gram, if there are copies."""
+        """Characters in all copies of the commonest 4-gram."""
         words = _han.findall(document.text) if document.language == "zh" else document.text.split()
         if len(words) < 8:
             return 0
         grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-        gram, count = max(grams.items(), key=lambda item: item[1])
-        return count * sum(map(len, gram)) if count > 1 else 0
+        most = max(grams.values())
+        if most < 3:  # said twice is not over and over
+            return 0
+        return most * max(sum(map(len, gram)) for gram, count in grams.items() if count == most)
 
 
 class Lines(Filter):

@@ -11,6 +11,7 @@ need what may be missing are left out by name; one that cannot be imported here 
 import functools
 import importlib
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -92,12 +93,24 @@ def library_documents() -> Iterator[Document]:
 
 def source_files() -> Iterator[Document]:
     """The modules' source, a file each; `lib/json/decoder.py` is the id of one."""
-    for path in sorted(LIBRARY.rglob("*.py")):
-        parts = path.relative_to(LIBRARY).parts
-        if NOT_TEXT.isdisjoint(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield Document(id="lib/" + "/".join(parts), text=text, source="library", language="code")
+    for name in _python_files():
+        text = (LIBRARY / name).read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Document(id=f"lib/{name}", text=text, source="library", language="code")
+
+
+@functools.cache
+def _python_files() -> list[str]:
+    """The library's files, like "json/decoder.py", sorted."""
+    found = []
+    for folder, folders, files in os.walk(LIBRARY):
+        # Cut short here, so that os.walk does not go through everything that pip has installed.
+        folders[:] = [name for name in folders if name not in NOT_TEXT and not name.startswith("config-")]
+        inside = Path(folder).relative_to(LIBRARY).as_posix()
+        for name in files:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                found.append(name if inside == "." else f"{inside}/{name}")
+    return sorted(found)
 
 
 def help_topics() -> Iterator[Document]:
@@ -200,10 +213,9 @@ def public_modules() -> list[str]:
     """The dotted names of the library's modules that are public and safe to import."""
     names = {name for name in sys.builtin_module_names if name in sys.stdlib_module_names}
     names |= {path.name.partition(".")[0] for path in (LIBRARY / "lib-dynload").glob("*.so")}
-    for path in LIBRARY.rglob("*.py"):
-        parts = path.relative_to(LIBRARY).with_suffix("").parts
-        if NOT_TEXT.isdisjoint(parts):
-            names.add(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    names |= {
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in _python_files()
+    }
     names.add("os.path")
     return sorted(
         name

@@ -10,11 +10,10 @@ Which functions are held out follows from their names alone, so sets made with o
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Annotated, Self, TypeVar
+from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megachat.config import Config
 from megachat.data.conversations import (
     Conversation,
     Conversations,
@@ -29,10 +28,6 @@ from megachat.data.conversations import (
     share,
 )
 from megachat.data.harvest import Entry, entries
-
-T = TypeVar("T", bound=Config)
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 SEEN = (
     "What does {name} do?",
@@ -86,6 +81,9 @@ HELD_OUT = (
 )
 """Ways of asking that only evaluation uses."""
 
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Variants = Annotated[int, Field(ge=1, le=len(SEEN))]
+
 KINDS = ("other", "truncated", "garbled")
 """What is wrong with a rejected answer: true of something else, cut short, or its words out of order."""
 
@@ -113,7 +111,7 @@ class PythonConversations(Conversations):
     """How many functions, classes and methods to ask about, the held-out ones among them."""
     held_out: Fraction
     """The share of functions never trained on."""
-    variants: PositiveInt
+    variants: Variants
     """Ways of asking about each function."""
     follow_ups: Fraction
     """The share of conversations that go on with a second question, about another function."""
@@ -121,10 +119,6 @@ class PythonConversations(Conversations):
     """How often each greeting comes up."""
     seed: NonNegativeInt
     """Decides how each question is asked; the data's own, not the stage's."""
-
-    @model_validator(mode="after")
-    def _enough_phrasings(self) -> Self:
-        return must_have_phrasings(self, self.variants)
 
     def conversations(self) -> list[Conversation]:
         """One per function and way of asking, the small talk among them."""
@@ -153,14 +147,10 @@ class PythonPreferences(Preferences):
     """How many functions, classes and methods to ask about, the held-out ones among them."""
     held_out: Fraction
     """The share of functions never trained on: their preferences show what a reward model has learnt."""
-    variants: PositiveInt
+    variants: Variants
     """Preferences per function; 3 give one of each kind."""
     seed: NonNegativeInt
     """Decides how each question is asked and how each answer is spoilt; the data's own, not the stage's."""
-
-    @model_validator(mode="after")
-    def _enough_phrasings(self) -> Self:
-        return must_have_phrasings(self, self.variants)
 
     def preferences(self, split: Split) -> list[Preference]:
         """One per function and way of asking; both splits use the `SEEN` phrasings."""
@@ -189,14 +179,10 @@ class PythonPrompts(Prompts):
     """How many functions, classes and methods to ask about, the held-out ones among them."""
     held_out: Fraction
     """The share of functions never trained on."""
-    variants: PositiveInt
+    variants: Variants
     """Ways of asking about each function."""
     seed: NonNegativeInt
     """Decides how each question is asked. `seen` asks what the conversations of the same seed ask."""
-
-    @model_validator(mode="after")
-    def _enough_phrasings(self) -> Self:
-        return must_have_phrasings(self, self.variants)
 
     def prompts(self, split: Split) -> list[Prompt]:
         """For practice: functions of the split, asked about in `SEEN` phrasings."""
@@ -315,10 +301,3 @@ def garbled(entry: Entry, dice: random.Random) -> str:
 def home(entry: Entry) -> str:
     """The module in which an entry lives."""
     return entry.name.rsplit(".", 2 if entry.kind == "method" else 1)[0]
-
-
-def must_have_phrasings(block: T, variants: int) -> T:
-    """Refuses more ways of asking than there are."""
-    if variants > len(SEEN):
-        raise ValueError(f"variants ({variants}) is more than the {len(SEEN)} ways of asking there are")
-    return block

@@ -4,6 +4,7 @@ Unlike the loss per token it does not depend on the tokenizer, so models with di
 Only tokens that stand for bytes count: where a document begins and ends is neither text nor charged for.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def token_bits(
 ) -> Float[Tensor, "batch seq"]:
     """The bits each label costs: -log2 of its probability."""
     nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return nats.view_as(labels) / np.log(2.0)
+    return nats.view_as(labels) / math.log(2)
 
 
 @torch.inference_mode()

@@ -36,6 +36,7 @@ class Evaluate(Stage):
     """Scores a run's models."""
 
     name: ClassVar[str] = "evaluate"
+    neutral: ClassVar[tuple[str, ...]] = ("device",)
 
     prompts: Prompts
     """The questions; for recall they need true answers."""
@@ -62,8 +63,9 @@ class Evaluate(Stage):
     """Where the models run; `auto` takes a GPU when there is one."""
 
     def reads(self) -> list[str]:
-        """Everything that may have been trained."""
-        return ["encode", "pretrain", "sft", "rm", *self.policies]
+        """Whatever has finished of what it can score: one stage more, and there is something to do again."""
+        stages = ("encode", "pretrain", "sft", "rm", *self.policies)
+        return [stage for stage in stages if finished(self.inputs / stage)]
 
     def execute(self) -> None:
         """Scores what has finished."""

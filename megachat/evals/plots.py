@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -50,7 +51,7 @@ INK, QUIET, LINE, ACCENT = PAINT
 
 def plot(curve: Curve, name: str) -> Html:
     """A line plot as SVG. `name` must be unique on the page: SVG ids are shared by all of it."""
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 10,

@@ -6,6 +6,7 @@ like any other.
 """
 
 import json
+import math
 import os
 import platform
 import time
@@ -36,7 +37,7 @@ PACKAGES = (
 )
 
 
-CURVES = {
+CURVES: dict[str, tuple[str, str | dict[str, str]]] = {
     "loss": ("Loss", {"rm": "nats per pair", "dpo": "nats per pair", "ppo": "policy loss"}),
     "validation/bits_per_byte": ("Validation", "bits per byte"),
     "reward/mean": ("Reward", "reward model's score"),
@@ -55,10 +56,7 @@ class Report(Stage):
     """A run's report."""
 
     name: ClassVar[str] = "report"
-
-    def reads(self) -> list[str]:
-        """Whatever has finished."""
-        return [stage for stage in stages_in(self.inputs) if finished(self.inputs / stage)]
+    recorded: ClassVar[bool] = False
 
     def execute(self) -> None:
         """Writes report.json and report.html."""
@@ -102,37 +100,41 @@ def gather(run: Path) -> Facts:
 def stages_in(run: Path) -> list[str]:
     """The stages that have a folder in a run, in the order they run."""
     found = {path.name for path in run.iterdir() if path.is_dir()} if run.is_dir() else set()
-    found -= {"report", "chat", "serve", "wandb"}
+    found -= {"pipeline", "report", "chat"}
     return [stage for stage in ORDER if stage in found] + sorted(found - set(ORDER))
 
 
 def metrics(path: Path, stage: str) -> Facts | None:
     """The curves of a stage, and its last value of everything; None where it logged nothing.
 
-    A run that was resumed has logged some steps twice: the later line counts. A line cut short by a crash is
-    skipped.
+    A resumed run has logged some steps twice: the later line counts. A line that a crash cut short is
+    skipped, and so are numbers that are none (NaN), which JSON could not hold.
     """
     rows: dict[float, Facts] = {}
     for line in text(path).splitlines():
         try:
             row = json.loads(line)
-            rows.setdefault(row["step"], {}).update(row)
+            numbers = {name: value for name, value in row.items() if is_number(value)}
+            rows.setdefault(row["step"], {}).update(numbers)
         except (ValueError, TypeError, KeyError):
             continue
     if not rows:
         return None
     last: Facts = {}
-    curves = {}
     for step in sorted(rows):
-        last |= {name: value for name, value in rows[step].items() if value is not None}
+        last |= rows[step]
+    curves = {}
     for name, (title, units) in CURVES.items():
-        points = [
-            (step, rows[step][name]) for step in sorted(rows) if isinstance(rows[step].get(name), int | float)
-        ]
+        points = [(step, rows[step][name]) for step in sorted(rows) if name in rows[step]]
         if points:
             unit = units.get(stage, "nats per token") if isinstance(units, dict) else units
             curves[name] = asdict(Curve.of(title, unit, *zip(*points, strict=True)))
     return {"last": last, "curves": curves}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def versions() -> dict[str, str]:

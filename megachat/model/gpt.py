@@ -142,7 +142,7 @@ class GPT(nn.Module):
             )
         now = cache or Cache(needed)
         x = self.embed(tokens)
-        positions = now.positions(tokens.shape[1], tokens.device)
+        positions = torch.arange(now.length, now.length + tokens.shape[1], device=tokens.device)
         rope = Rope.at(positions, self.config.head_dim, self.config.rope_base, x.dtype)
         mask = now.mask(tokens.shape[1], tokens.device) if documents is None else same_document(documents)
         for index, block in enumerate(self.blocks):

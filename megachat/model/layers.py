@@ -21,15 +21,15 @@ class Rope:
     (a, b) becomes (a cos - b sin, b cos + a sin).
     """
 
-    cos: Float[Tensor, "rows seq 1 head_dim"]
-    sin: Float[Tensor, "rows seq 1 head_dim"]
+    cos: Float[Tensor, "seq 1 head_dim"]
+    sin: Float[Tensor, "seq 1 head_dim"]
     """Of which the first half is negative."""
 
     @staticmethod
-    def at(positions: Int[Tensor, "rows seq"], head_dim: int, base: float, dtype: torch.dtype) -> "Rope":
-        """The rotations of tokens at `positions`; one row serves a whole batch. Angles are fp32, always."""
+    def at(positions: Int[Tensor, " seq"], head_dim: int, base: float, dtype: torch.dtype) -> "Rope":
+        """The rotations of tokens at `positions`. Angles are fp32; bf16 could not tell 4096 from 4097."""
         exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-        angles = positions[:, :, None, None].float() * base**-exponents
+        angles = positions[:, None, None].float() * base**-exponents
         cos, sin = angles.cos(), angles.sin()
         return Rope(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
@@ -65,6 +65,7 @@ class Cache:
     """What a model remembers of the tokens it has read, so that the next one costs one position.
 
     Rows of different lengths are padded on the left: `padding` counts a row's pads, which nothing attends to.
+    Rotary positions are relative, so it does not matter that a padded row starts late.
     """
 
     capacity: int
@@ -75,11 +76,6 @@ class Cache:
     def layer(self, index: int) -> Past:
         """The past of layer `index`."""
         return self.layers.setdefault(index, Past(self.capacity))
-
-    def positions(self, seq: int, device: torch.device) -> Int[Tensor, "rows seq"]:
-        """Where the next `seq` tokens stand in their rows, a row's first real token at 0."""
-        positions = torch.arange(self.length, self.length + seq, device=device)[None]
-        return positions if self.padding is None else positions - self.padding[:, None]
 
     def mask(self, seq: int, device: torch.device) -> Bool[Tensor, "rows 1 seq past"] | None:
         """Which keys the next `seq` tokens see; None where plain causal attention, or all of it, is right.

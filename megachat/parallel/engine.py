@@ -9,18 +9,20 @@ state lazily, so it is created before a checkpoint is loaded; ZeRO 0 in bf16 wou
 """
 
 import contextlib
+import io
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
 from megachat.config import Config
-from megachat.parallel.mesh import Mesh
+from megachat.parallel.mesh import Mesh, divisors, expected_world
 from megachat.parallel.tensor import own_part, partition_config, split_axis, whole
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +38,8 @@ from deepspeed.utils import (
 )
 
 logger.setLevel(logging.WARNING)
+# DeepSpeed 0.19 still calls collectives by names that newer torch calls deprecated, at every step.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 # Compiling it takes a C++ compiler and 90 seconds; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -55,8 +59,17 @@ class Parallel(Config):
     checkpointing: bool
     """Recompute activations in the backward pass: less memory for a third more computation."""
 
+    @field_validator("tensor")
+    @classmethod
+    def _divides_the_job(cls, tensor: int) -> int:
+        world = expected_world()
+        if world % tensor:
+            raise ValueError(f"it does not divide the {world} processes of this job; use one of {divisors(world)}")
+        return tensor
+
     @property
     def bf16(self) -> bool:
+        """Whether it computes in bf16 on this machine."""
         return self.precision == "bf16" or (self.precision == "auto" and has_bf16())
 
 
@@ -96,7 +109,6 @@ class Engine:
                 dist_init_required=False,
             )
         self.module: nn.Module = self._engine.module
-        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         self.steps = 0
 
     def _deepspeed_config(self, plan: Mapping[str, str]) -> dict[str, Any]:
@@ -271,11 +283,12 @@ class Engine:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed reports its set-up on several loggers; none of it is for the user."""
+    """DeepSpeed reports its set-up on several loggers and by print; none of it is for the user."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(previous)
 

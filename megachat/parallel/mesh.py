@@ -37,6 +37,20 @@ def adopt_slurm() -> None:
     }
 
 
+def expected_world() -> int:
+    """How many processes this job has, or will have once it is launched on this machine's visible GPUs."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in os.environ:
+        return int(os.environ["SLURM_NTASKS"])
+    return max(1, torch.cuda.device_count())
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order. Example: divisors(6) -> [1, 2, 3, 6]"""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
 def free_port() -> int:
     """A port that nobody listens on at the moment."""
     with socket.socket() as listener:
@@ -169,11 +183,7 @@ def start(tensor: int) -> Mesh:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if world % tensor:
-        divisors = [n for n in range(1, world + 1) if world % n == 0]
-        raise ValueError(
-            f"parallel.tensor={tensor} does not divide the {world} processes of this job; use one of {divisors}"
-        )
+    assert world % tensor == 0, f"tensor={tensor} does not divide {world} processes"  # the config door has checked
     if torch.cuda.is_available():
         # Slurm may show each task its own GPU only, as device 0.
         device = torch.device("cuda", local % torch.cuda.device_count())

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megachat.parallel.mesh import Mesh
+from megachat.model.gpt import GPTConfig
+from megachat.parallel.mesh import Mesh, divisors
 
 
 def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
@@ -30,6 +31,16 @@ def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
             assert cut == "replicate-sum", f"tensor_plan[{module!r}] is {cut!r}"
             specs.append({"patterns": [pattern], "partition_type": "skip", "grad_allreduce": True})
     return {"use_default_specs": False, "layer_specs": specs}
+
+
+def check_fits(config: GPTConfig, tensor: int) -> None:
+    """Raises unless heads and MLP divide evenly: each rank gets whole heads."""
+    for name in ("heads", "kv_heads", "hidden"):
+        if getattr(config, name) % tensor:
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide model.{name}={getattr(config, name)}; "
+                f"use one of {[n for n in divisors(config.kv_heads) if config.hidden % n == 0]}"
+            )
 
 
 def split_axis(full: torch.Size, local: torch.Size) -> int | None:

@@ -39,6 +39,7 @@ class Chat(Stage):
     """Talk to a run's model."""
 
     name: ClassVar[str] = "chat"
+    recorded: ClassVar[bool] = False
 
     stage: Talkative | None
     """Whose model: `ppo`, `dpo`, `sft` or `pretrain`; null takes the first of these that has finished."""

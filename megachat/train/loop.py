@@ -21,6 +21,7 @@ from megachat.model.size import flops_per_token
 from megachat.parallel import checkpoint
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import Mesh, start
+from megachat.parallel.tensor import check_fits
 from megachat.run import Stage, begin, finish
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.metrics import memory_gib, peak_flops
@@ -177,6 +178,7 @@ def fit(task: Task) -> None:
             "architecture": {role: checkpoint.architecture(model) for role, model in models.items()},
         }
         trunk = checkpoint.trunk(models["model"])
+        check_fits(trunk.config, task.parallel.tensor)
         flops = flops_per_token(trunk.config, trunk.vocab, task.context)
         run.engines = {
             role: Engine(

@@ -10,11 +10,12 @@ from jaxtyping import Int
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from megachat.data.loader import TokenWindows, order, share
+from megachat.data.loader import TokenWindows, Window, order, share
 from megachat.data.shards import Shard
 from megachat.evals.bits import spread, token_bits
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
+from megachat.parallel.tensor import check_fits
 from megachat.train.loop import Batch, Losses, Running, Task
 from megachat.train.losses import cross_entropy
 
@@ -45,11 +46,12 @@ class Pretrain(Task):
     """What the samples during training continue."""
 
     @model_validator(mode="after")
-    def _one_budget(self) -> "Pretrain":
+    def _consistent(self) -> "Pretrain":
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError(f"give a budget either as tokens ({self.tokens}) or as epochs ({self.epochs}), the other null")
         if self.context > self.model.context:
             raise ValueError(f"context ({self.context}) is longer than the model's (model.context={self.model.context})")
+        check_fits(self.model, self.parallel.tensor)
         return self
 
     def reads(self) -> list[str]:
@@ -107,7 +109,7 @@ class Pretrain(Task):
         return self.prompt + run.tokenizer.decode(new)
 
 
-def _collate(rows: list[dict[str, Int[Tensor, " length"]]], device: torch.device) -> Tokens:
+def _collate(rows: list[Window], device: torch.device) -> Tokens:
     tokens = torch.stack([torch.as_tensor(row["tokens"]) for row in rows]).to(device)
     documents = torch.stack([torch.as_tensor(row["documents"]) for row in rows]).to(device)
     # The first token of a document cannot be predicted from the one before it.

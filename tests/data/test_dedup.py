@@ -1,4 +1,4 @@
-"""Deduplication: equal to datasketch bit for bit and pair for pair; finds planted copies, and nothing else."""
+"""Deduplication: equal to datasketch bit for bit and pair for pair; finds planted copies and nothing else."""
 
 import random
 
@@ -27,7 +27,9 @@ def english(rng: random.Random, words: int = 300) -> str:
 
 
 def chinese(rng: random.Random, characters: int = 400) -> str:
-    return "".join(chr(rng.randrange(0x4E00, 0x9FA5)) + ("，" if n % 12 == 11 else "") for n in range(characters))
+    return "".join(
+        chr(rng.randrange(0x4E00, 0x9FA5)) + ("，" if n % 12 == 11 else "") for n in range(characters)
+    )
 
 
 def edited(text: str, rng: random.Random, changes: int) -> str:
@@ -90,9 +92,13 @@ def test_shingles_are_five_words_or_eight_chinese_characters() -> None:
     assert len(shingles("one two three four", 5, 8)) == 0
     assert len(shingles("语言模型读很多书，也读网页", 5, 8)) == 12 - 8 + 1
     assert len(shingles("语言模型 reads books", 5, 8)) == 0  # six tokens, mostly Chinese
-    assert np.array_equal(shingles("ONE two three four five", 5, 8), shingles("one, TWO three four five.", 5, 8))
-    assert not np.array_equal(shingles("one two three four five", 5, 8), shingles("two one three four five", 5, 8))
-    # Python's re calls a run of Chinese and Latin letters one word; here it is Chinese characters and a word.
+    assert np.array_equal(
+        shingles("ONE two three four five", 5, 8), shingles("one, TWO three four five.", 5, 8)
+    )
+    assert not np.array_equal(
+        shingles("one two three four five", 5, 8), shingles("two one three four five", 5, 8)
+    )
+    # To `re` a run of Chinese and Latin letters is one word; here it is Chinese characters and a word.
     assert len(shingles("用python写程序并且读书", 5, 8)) == 9 - 8 + 1
 
 
@@ -110,7 +116,7 @@ def test_a_pair_that_shares_a_band_but_is_unlike_stays() -> None:
 
 
 def test_a_document_goes_only_if_it_is_like_the_one_that_stays() -> None:
-    # A and B agree in 88 of 112 values, B and C in 88, A and C in 64: C is like B, which goes, and not like A.
+    # A and B agree in 88 of 112 values, B and C in 88, A and C in 64: C is like B, which goes, not like A.
     a = np.arange(112, dtype=np.uint32)
     b = np.where(np.arange(112) < 24, a + 1000, a).astype(np.uint32)
     c = np.where(np.arange(112) >= 88, b + 1000, b).astype(np.uint32)

@@ -8,7 +8,9 @@ from megachat.config import compose, decode
 from megachat.data.document import Document
 from megachat.data.filters import Filter, Length, Lines, Repetition, Script, Words, language_of, normalise
 
-ENGLISH = "The cat sat on the mat and looked at the moon, which was full. Nobody knew what it thought of that."
+ENGLISH = (
+    "The cat sat on the mat and looked at the moon, which was full. Nobody knew what it thought of that."
+)
 CHINESE = "语言模型是用大量文字训练出来的程序。它读过许多书和网页，所以知道下一个词大概是什么。"
 RUSSIAN = "Языковая модель читает много текста и учится угадывать следующее слово."
 JAPANESE = "言語モデルは、たくさんの文章を読んで、次の単語を予測することを学びます。"
@@ -117,6 +119,5 @@ def test_the_rules_in_conf_keep_plain_english_chinese_and_code() -> None:
     for text, language in ((ENGLISH * 2, "en"), (CHINESE * 3, "zh"), (code, "code")):
         applied = {name for name, rule in rules.items() if language in rule.applies_to}
         assert {"script", "length"} < applied
-        dropped = {name for name in applied if not rules[name].keep(document(text, language))}
-        assert dropped == ({"repetition"} if language == "zh" else set())  # the same sentences three times
+        assert [name for name in applied if not rules[name].keep(document(text, language))] == []
     assert not rules["script"].keep(document(RUSSIAN, "other"))

@@ -1,4 +1,4 @@
-"""The loader: windows by hand; the order is the same for every world size, and repeats nothing in an epoch."""
+"""The loader: windows by hand; the order is the same for every world size, and no epoch repeats."""
 
 from pathlib import Path
 
@@ -35,7 +35,9 @@ def test_windows_follow_each_other_and_share_one_token(shard: Shard) -> None:
 
 def test_a_corpus_of_one_window_is_enough_and_one_token_less_is_not(shard: Shard) -> None:
     assert len(TokenWindows(shard, length=9)) == 1
-    with pytest.raises(ValueError, match=r"has 10 tokens, but one window of 10 and the label after it take 11"):
+    with pytest.raises(
+        ValueError, match=r"has 10 tokens, but one window of 10 and the label after it take 11"
+    ):
         TokenWindows(shard, length=10)
 
 
@@ -76,5 +78,7 @@ def test_windows_can_be_ordered_and_shared(shard: Shard) -> None:
 
 
 def test_a_world_that_does_not_divide_the_step_is_told_which_would() -> None:
-    with pytest.raises(ValueError, match=r"3 ranks cannot share the 8 samples of a step; use one of \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"3 ranks cannot share the 8 samples of a step; use one of \[1, 2, 4, 8\]"
+    ):
         share(order(range(100), seed=0), 0, 8, 0, 3)

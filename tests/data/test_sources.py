@@ -1,4 +1,4 @@
-"""Sources: every format and compression gives the same documents; every mistake is named with its file and line."""
+"""Sources: every format and compression gives the same documents; mistakes are named with file and line."""
 
 import gzip
 import json
@@ -103,7 +103,12 @@ def test_parquet_names_a_missing_column_a_null_and_a_broken_file(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("choice", "expected"),
-    [("python_library", PythonLibrary), ("json_lines", JsonLines), ("plain_text", PlainText), ("parquet", Parquet)],
+    [
+        ("python_library", PythonLibrary),
+        ("json_lines", JsonLines),
+        ("plain_text", PlainText),
+        ("parquet", Parquet),
+    ],
 )
 def test_every_corpus_in_conf_decodes(choice: str, expected: type[Source]) -> None:
     paths = [] if choice == "python_library" else [f"corpus.{choice}.paths=[a]"]

@@ -157,3 +157,13 @@ def test_a_model_in_a_batch_says_what_it_says_alone(run: Path):
     alone = settings.answers(loaded, questions, settings.greedy, "alone")
     together = stage(run, "batch=6").answers(loaded, questions, settings.greedy, "together")
     assert alone == together
+
+
+def test_a_stage_that_finishes_later_makes_it_run_again(run: Path):
+    tiny.write_model(run / "sft", tiny.model(0))
+    evaluate = Evaluate.of(compose("evaluate", [f"run={run}"]))
+    before = evaluate.fingerprint()
+    assert evaluate.reads() == ["sft"]
+    tiny.write_model(run / "dpo", tiny.model(0))
+    assert evaluate.reads() == ["sft", "dpo"]
+    assert evaluate.fingerprint() != before

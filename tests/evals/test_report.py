@@ -26,9 +26,7 @@ def report(run: Path) -> tuple[dict[str, Any], str]:
 @pytest.fixture
 def full(run: Path) -> Path:
     """A run in which every stage has finished."""
-    for seconds, stage in enumerate(
-        ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate")
-    ):
+    for seconds, stage in enumerate(ORDER):
         tiny.finish(run / stage, float(seconds))
         (run / stage / "config.yaml").write_text(f"seed: {seconds}\n")
     row = {"documents_in": 100, "documents_removed": 7, "bytes_removed": 2000}
@@ -47,9 +45,8 @@ def full(run: Path) -> Path:
     (run / "pretrain" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     share = {"value": 0.625, "low": 0.5, "high": 0.75, "n": 240}
     gain = {"value": -0.5, "low": -1.0, "high": 0.0, "n": 240}
-    write_json(run / "evaluate" / "scores.json", {
-        "recall_seen": share, "ppo_win_rate": share, "ppo_reward_gain": gain, "rm_accuracy_garbled": share, "new": gain,
-    })  # fmt: skip
+    shares = dict.fromkeys(("recall_seen", "ppo_win_rate", "rm_accuracy_garbled"), share)
+    write_json(run / "evaluate" / "scores.json", shares | {"ppo_reward_gain": gain, "new": gain})
     turns = [
         {"role": "user", "text": f"What is {EVIL}?"},
         {"role": "assistant", "text": f"It is {EVIL}", "truth": "True."},
@@ -123,9 +120,7 @@ def test_any_one_stage_alone_can_be_reported(full: Path, stage: str, tmp_path: P
 
 
 def test_a_run_without_stages_is_refused_and_named(run: Path):
-    with pytest.raises(
-        ValueError, match=r"no stage has finished in .*runs/test, so nothing to report"
-    ):
+    with pytest.raises(ValueError, match=r"no stage has finished in .*runs/test, so nothing to report"):
         report(run)
 
 

@@ -44,7 +44,8 @@ def logits_of_transformers(model: GPT, tokens: Tensor) -> Tensor:
     other = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     theirs = {
         "embed": "model.embed_tokens", "blocks": "model.layers", "attn": "self_attn", "q": "q_proj",
-        "k": "k_proj", "v": "v_proj", "out": "o_proj", "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
+        "k": "k_proj", "v": "v_proj", "out": "o_proj",
+        "gate": "gate_proj", "up": "up_proj", "down": "down_proj",
         "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "norm": "model.norm",
         "head": "lm_head",
     }  # fmt: skip
@@ -120,10 +121,10 @@ def test_a_bf16_model_returns_bf16_logits_near_those_of_fp32() -> None:
 def test_positions_stay_exact_in_bf16() -> None:
     """bf16 cannot tell position 4096 from 4097; only their cosines may be rounded."""
     exact, rounded = (
-        Rope.at(torch.tensor([[4096, 4097]]), 8, 10_000.0, dtype) for dtype in (torch.float32, torch.bfloat16)
+        Rope.at(torch.tensor([4096, 4097]), 8, 10_000.0, dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     assert_close(rounded.cos.float(), exact.cos, rtol=2**-8, atol=0)
-    assert not torch.equal(rounded.cos[0, 0], rounded.cos[0, 1])
+    assert not torch.equal(rounded.cos[0], rounded.cos[1])
 
 
 def test_weights_follow_from_the_seed_and_from_a_generator() -> None:
@@ -165,7 +166,7 @@ def test_half_the_heads_give_half_the_attention() -> None:
     """What tensor parallelism does: each rank has its heads' share of q, k, v and out; they add up."""
     attention = tiny().blocks[0].attn
     x = torch.randn(2, 10, 32)
-    rope = Rope.at(torch.arange(10)[None], 8, 10_000.0, torch.float32)
+    rope = Rope.at(torch.arange(10), 8, 10_000.0, torch.float32)
     whole = attention(x, rope)
     parts = []
     state = {name: value.clone() for name, value in attention.state_dict().items()}
@@ -186,7 +187,7 @@ def share(weight: Tensor) -> nn.Linear:
 def test_key_heads_left_whole_beside_split_query_heads_are_refused() -> None:
     attention = tiny().blocks[0].attn
     attention.q = share(attention.q.weight.chunk(2, 0)[0])
-    rope = Rope.at(torch.arange(3)[None], 8, 10_000.0, torch.float32)
+    rope = Rope.at(torch.arange(3), 8, 10_000.0, torch.float32)
     with pytest.raises(AssertionError, match="2 query heads for 2 key heads"):
         attention(torch.randn(1, 3, 32), rope)
 

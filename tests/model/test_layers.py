@@ -13,7 +13,7 @@ from tests.model.test_gpt import some_tokens, tiny
 
 def test_a_quarter_turn_swaps_the_halves_of_a_head() -> None:
     # The first pair turns by its position in radians, the second (base 4: 4 ** -0.5) by half as much.
-    rope = Rope.at(tensor([[0, 1]]), 4, 4.0, torch.float32)
+    rope = Rope.at(tensor([0, 1]), 4, 4.0, torch.float32)
     x = tensor([1.0, 0.0, 0.0, 2.0]).expand(1, 2, 1, 4)
     turned = [math.cos(1), -2 * math.sin(0.5), math.sin(1), 2 * math.cos(0.5)]
     assert_close(rope(x)[0, :, 0], tensor([[1.0, 0.0, 0.0, 2.0], turned]))
@@ -40,6 +40,12 @@ def test_pads_on_the_left_are_not_seen(pieces: list[int]) -> None:
         for row, pads in enumerate([0, 4, 8]):
             alone = model(tokens[row : row + 1, pads:])[:, -1]
             assert_close(logits[row : row + 1, -1], alone, rtol=0, atol=1e-5)
+
+
+def test_pads_see_pads_so_that_no_softmax_is_empty() -> None:
+    mask = Cache(4, padding=tensor([2])).mask(4, torch.device("cpu"))
+    assert mask is not None
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 def test_a_cache_keeps_the_rows_it_is_told_to() -> None:

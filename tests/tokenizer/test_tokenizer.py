@@ -8,7 +8,17 @@ import pytest
 import sentencepiece
 
 from megachat.tokenizer import tokenizer as module
-from megachat.tokenizer.tokenizer import BOS, CONTROLS, EOS, FILE, PAD, SPACE, UNKNOWN, StreamDecoder, Tokenizer
+from megachat.tokenizer.tokenizer import (
+    BOS,
+    CONTROLS,
+    EOS,
+    FILE,
+    PAD,
+    SPACE,
+    UNKNOWN,
+    StreamDecoder,
+    Tokenizer,
+)
 from megachat.tokenizer.train import torture
 
 
@@ -32,11 +42,12 @@ def test_random_texts_with_every_pitfall_come_back(tokenizer):
         assert tokenizer.decode(tokens) == text
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "   ", "\0", "a\0b", "\n", "\n\n  \n", "\r\n", "\t\tx", " a ", "a  b", "a\u2581b", "\u2581", "\u2581\u2581",
-     " \u2581 ", "\u2585", "\u2047", "\ufffd", "\ufeffa", "e\u0301\u00e9", "中文。", "👩‍👩‍👧", "<|user|>", "<0x41>", "<s>"],
-)  # fmt: skip
+AWKWARD = ["", " ", "   ", "\0", "a\0b", "\n", "\n\n  \n", "\r\n", "\t\tx", " a ", "a  b", "中文。", "👩‍👩‍👧"]
+AWKWARD += ["a\u2581b", "\u2581", "\u2581\u2581", " \u2581 ", "\u2585", "\u2047", "\ufffd", "\ufeffa"]
+AWKWARD += ["e\u0301\u00e9", "<|user|>", "<0x41>", "<s>"]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
 def test_an_awkward_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -132,7 +143,9 @@ def test_a_worker_process_gets_the_same_tokenizer(tokenizer):
 
 
 def test_a_missing_tokenizer_says_what_trains_one(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer at .*tokenizer.model; `megachat tokenizer` trains one"):
+    with pytest.raises(
+        ValueError, match=r"no tokenizer at .*tokenizer.model; `megachat tokenizer` trains one"
+    ):
         Tokenizer.load(tmp_path)
 
 
@@ -145,7 +158,12 @@ def test_a_damaged_tokenizer_is_refused(tmp_path, data, why):
 
 def trained(path: Path, **settings) -> bytes:
     """A sentencepiece model that somebody else trained."""
-    settings = {"vocab_size": 280, "hard_vocab_limit": False, "minloglevel": 2, "model_prefix": str(path)} | settings
+    settings = {
+        "vocab_size": 280,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+        "model_prefix": str(path),
+    } | settings
     sentences = iter(["to be or not to be that is the question"] * 50)
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_type="bpe", **settings)
     return Path(f"{path}.model").read_bytes()

@@ -68,10 +68,9 @@ def test_indentation_is_one_token(tokenizer):
     assert len(tokenizer.encode("\n        return")) <= 3
 
 
-def test_digits_are_tokens_of_their_own(tokenizer):
-    text = "2026 and 31"
+def test_digits_are_tokens_of_their_own_however_frequent_the_number():
+    tokenizer = train(["the year 2026 and 2026 again"] * 50, vocab=300, character_coverage=1.0, threads=1)
     assert [tokenizer.decode([token]) for token in tokenizer.encode("2026")] == ["2", "0", "2", "6"]
-    assert sum(tokenizer.decode([token]).strip().isdigit() for token in tokenizer.encode(text)) == 6
 
 
 def test_frequent_chinese_characters_are_tokens(tokenizer):
@@ -101,7 +100,9 @@ def test_the_stage_writes_a_tokenizer_and_what_it_measured(run, texts):
     stage(run, "sample_bytes=1000000").execute()
     tokenizer = Tokenizer.load(run / "tokenizer")
     report = json.loads((run / "tokenizer" / "report.json").read_text())
-    assert (report["vocab"], report["sha256"]) == (tokenizer.vocab, tokenizer.sha256) == (400, tokenizer.sha256)
+    assert (
+        (report["vocab"], report["sha256"]) == (tokenizer.vocab, tokenizer.sha256) == (400, tokenizer.sha256)
+    )
     assert report["sample"] == {"documents": 3, "bytes": sum(len(text.encode()) for text in texts)}
     assert report["round_trips"] == 1003
     sizes = [(len(text.encode()), len(tokenizer.encode(text))) for text in texts]

@@ -1,0 +1,149 @@
+"""A run folder in which alignment can start: a tokenizer, a fine-tuned model and a reward model, all of few weights.
+
+The task: a question of two letters, `ab?`, and the answer `abab`. It can be learnt in seconds, and judged to the letter.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from megachat.config import compose, decode
+from megachat.model.heads import Scalar
+from megachat.parallel.checkpoint import architecture
+from megachat.parallel.engine import Engine
+from megachat.parallel.mesh import start
+from megachat.run import Stage, sha256, write_json
+from megachat.tokenizer.tokenizer import FILE, Tokenizer
+from megachat.tokenizer.train import train
+from megachat.train.loop import Progress, Running, Task
+
+LETTERS = "abcdefgh"
+SHAPE = {
+    "_target_": "megachat.model.gpt.GPTConfig",
+    "dim": 48,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 12,
+    "hidden": 128,
+    "context": 32,
+    "rope_base": 10000.0,
+    "qk_norm": True,
+    "tied": True,
+    "norm_eps": 1e-6,
+    "dropout": 0.0,
+}
+COMMON = ["context=24", "parallel=zero0", "parallel.precision=fp32", "log.interval=1", "log.wandb=disabled"]
+COMMON += ["checkpoint_interval=0", "validation_interval=0", "optimizer.lr=3e-3", "schedule=constant", "schedule.warmup=0"]
+
+
+PAIRS = ["batch=16", "micro_batch=16"]
+ROLLOUTS = ["batch=16", "micro_batch=8", "rollout=32", "epochs=2", "at_once=32", "max_new_tokens=8"]
+
+
+def answer(question: str) -> str:
+    """The true answer.
+
+    Example: answer("ab?") -> "abab"
+    """
+    return question[:2] * 2
+
+
+def wrong(question: str) -> str:
+    """A wrong one, of the same length."""
+    first, second = question[:2]
+    return first + second + LETTERS[(LETTERS.index(second) + 3) % 8] + first
+
+
+def make(run: Path) -> Path:
+    """The folder, with data of every kind in it."""
+    questions = [f"{a}{b}?" for a in LETTERS for b in LETTERS]
+    run.mkdir(parents=True)
+    _write(run / "conversations.jsonl", [{"messages": _said(q) + [_message("assistant", answer(q))]} for q in questions])
+    _write(
+        run / "preferences.jsonl",
+        [{"prompt": q, "chosen": answer(q), "rejected": spoilt} for q in questions for spoilt in (wrong(q), q[:2])],
+    )
+    _write(run / "prompts.jsonl", [{"prompt": q} for q in questions])
+    texts = [f"{q} {answer(q)} {' '.join(answer(q))}" for q in questions]
+    tokenizer = train(texts, vocab=280, character_coverage=1.0, threads=1)
+    (run / "tokenizer").mkdir()
+    tokenizer.save(run / "tokenizer" / FILE)
+    finish(run / "tokenizer")
+    torch.manual_seed(0)
+    model = decode(SHAPE).build(tokenizer.vocab)
+    for stage in ("pretrain", "sft"):
+        write_model(run / stage, model, tokenizer)
+    write_model(run / "rm", Scalar(decode(SHAPE).build(tokenizer.vocab)), tokenizer)
+    return run
+
+
+def stage(name: str, inputs: Path, run: Path, *overrides: str) -> Task:
+    """A stage that starts from the folder `inputs` and writes to `run`."""
+    block = {"sft": "conversations", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}[name]
+    source = [f"{block}=json", f"{block}.path={inputs}/{block}.jsonl"]
+    source += ["question=ab?"] if name == "sft" else [f"{block}.held_out=0.1"]
+    made = Stage.of(compose(name, [f"run={run}", f"inputs={inputs}", *source, *COMMON, *overrides]))
+    assert isinstance(made, Task)
+    return made
+
+
+def running(task: Task) -> Running:
+    """What the loop gives a stage before the first step."""
+    mesh = start(task.parallel.tensor)
+    torch.manual_seed(task.seed)
+    run = Running(mesh, Tokenizer.load(task.input("tokenizer")), Progress())
+    for role, model in task.models(run).items():
+        groups = task.optimizer.groups(model)
+        run.engines[role] = Engine(model, task.optimizer.build, groups, task.parallel, task.clip, mesh)
+    run.total = task.prepare(run)
+    return run
+
+
+def rows(run: Path, name: str) -> list[dict[str, float]]:
+    """What a stage logged."""
+    return [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass
+class Place:
+    """As much of a mesh as choosing one's share of the data takes."""
+
+    data: int
+    data_rank: int
+    device: torch.device = torch.device("cpu")
+
+
+def finish(folder: Path) -> None:
+    """Marks a stage as done."""
+    write_json(folder / "done.json", {"fingerprint": "0", "seconds": 1.0, "outputs": {}, "finished": "today"})
+
+
+def write_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """A finished training stage that ended with this model."""
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    tensors = {f"model/weight.{name}": value.detach().clone() for name, value in model.named_parameters()}
+    file = checkpoint / "tensors.safetensors"
+    save_file(tensors, file)
+    facts = {"bytes": file.stat().st_size, "sha256": sha256(file), "tensors": sorted(tensors)}
+    about = {"architecture": {"model": architecture(model)}, "tokenizer": tokenizer.sha256}
+    write_json(checkpoint / "manifest.json", about | {"progress": {"step": 1}, "files": {file.name: facts}})
+    tokenizer.save(folder / FILE)
+    finish(folder)
+
+
+def _said(question: str) -> list[dict[str, str]]:
+    return [_message("user", question)]
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _write(path: Path, records: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
