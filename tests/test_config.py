@@ -233,6 +233,10 @@ def test_an_unknown_option_is_answered_with_the_options() -> None:
     )
 
 
+def test_a_number_is_not_an_option() -> None:
+    assert told("model=3") == "Config group override must be a string or a list. Got int"
+
+
 def test_a_block_that_the_stage_does_not_have_cannot_be_chosen() -> None:
     assert told("model=small", stage="chat") == "model: this stage has no such block to choose"
 
@@ -250,7 +254,8 @@ def test_a_word_that_is_not_a_setting_is_refused(word: str) -> None:
 def test_an_experiment_overrides_the_stage_and_the_command_line_overrides_both() -> None:
     tiny = decode(compose("train", ["steps=5", "experiment=tiny"]))
     assert (tiny.run, tiny.model.dim, tiny.steps) == (Path("runs/tiny"), 512, 5)
-    assert decode(compose("train", ["experiment=tiny", "run=here"])).run == Path("here")
+    for order in (["experiment=tiny", "run=here"], ["run=here", "experiment=tiny"]):
+        assert decode(compose("train", order)).run == Path("here")
 
 
 def test_an_experiment_without_this_stage_only_names_the_run() -> None:
@@ -266,6 +271,7 @@ UNLEXABLE = [
     "{a",
     "a=b",
     "back\\slash",
+    "it's C:\\",
     "two\nlines",
     "",
     "}",

@@ -26,12 +26,13 @@ check() {
 }
 tests() { .venv/bin/python -m pytest --color="$color" "${marks[@]}" "${arguments[@]}" | tee "$log"; }
 
-check "ruff check" .venv/bin/ruff check --quiet .
-check "ruff format" .venv/bin/ruff format --check --diff --quiet .
+check "ruff check" .venv/bin/ruff check --quiet --output-format concise .
+check "ruff format" .venv/bin/ruff format --check .
 check mypy .venv/bin/mypy
 check pytest tests
 
 echo
 if (( ${#failed[@]} )); then echo "FAILED: ${failed[*]}"; else echo "All checks passed."; fi
-echo "Total: $(tail -n 1 "$log"); lint and types included: $SECONDS s"
+total=$(tail -n 1 "$log" | sed 's/\x1b\[[0-9;]*m//g; s/^=* *//; s/ *=*$//')   # pytest's last line, undressed
+echo "Total: $total; $SECONDS s with lint and types"
 (( ${#failed[@]} == 0 ))

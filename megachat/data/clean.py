@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
-from megachat.data.dedup import Dedup, Indices, digest, exact_copies
+from megachat.data.dedup import SCHEME, Dedup, Indices, digest, exact_copies
 from megachat.data.document import Document, read_documents, write_documents
 from megachat.data.filters import Filter, language_of, normalise
 from megachat.data.sources import Source
@@ -100,7 +100,7 @@ class Clean(Stage):
             distinct = deduplicated(read_documents(Path(temporary)), sketches, exact, near, kept)
             write_documents(self.folder, distinct, self.documents_per_shard)
         rows += [exact, near] if self.dedup.near else [exact]
-        write_json(self.folder / "report.json", report(rows, kept))
+        write_json(self.folder / "report.json", report(rows, kept) | {"minhash": SCHEME})
         say(table(rows))
 
     def _filtered(self, rows: list[Row], sketches: "Sketches") -> Iterator[Document]:

@@ -28,6 +28,9 @@ from megachat.data.filters import HAN
 Indices = NDArray[np.int64]
 Signatures = NDArray[np.uint32]
 
+SCHEME = "affine32"
+"""How datasketch 2 permutes hashes; signatures of another scheme cannot be compared with these."""
+
 _word = re.compile(r"\w+", re.ASCII)
 _token = re.compile(rf"[{HAN}]|[^\W{HAN}]+")
 _han = re.compile(f"[{HAN}]")
@@ -128,7 +131,7 @@ def minhash(hashes: NDArray[np.uint32], permutations: int) -> Signatures:
 
 @functools.cache
 def _permutations(count: int) -> tuple[Any, Any]:
-    factors, offsets = MinHash(num_perm=count, scheme="affine32").permutations
+    factors, offsets = MinHash(num_perm=count, scheme=SCHEME).permutations
     return factors.astype(np.uint32)[:, None], offsets.astype(np.uint32)[:, None]
 
 

@@ -28,7 +28,7 @@ class Document:
     source: str
     """The name of the source it came from."""
     language: str = ""
-    """"en", "zh", "code" or "other"; "" until it has been looked at."""
+    """One of en, zh, code, other; empty until it has been looked at."""
 
 
 def write_documents(folder: Path, documents: Iterable[Document], per_shard: int) -> int:

@@ -44,20 +44,9 @@ NOT_IMPORTED = {
     # Other names for what os and os.path document.
     *("nt", "posix", "ntpath", "posixpath", "genericpath", "nturl2path"),
     # Removed from the library between Python 3.11 and 3.13.
-    *(
-        "aifc",
-        "asynchat",
-        "asyncore",
-        "audioop",
-        "cgi",
-        "cgitb",
-        "chunk",
-        "crypt",
-        "imghdr",
-        "mailcap",
-        "nis",
-    ),
-    *("nntplib", "ossaudiodev", "pipes", "smtpd", "sndhdr", "spwd", "sunau", "telnetlib", "uu", "xdrlib"),
+    *("aifc", "asynchat", "asyncore", "audioop", "cgi", "cgitb", "chunk", "crypt", "imghdr", "mailcap"),
+    *("nis", "nntplib", "ossaudiodev", "pipes", "smtpd", "sndhdr", "spwd", "sunau", "telnetlib", "uu"),
+    "xdrlib",
 }
 
 
@@ -68,7 +57,7 @@ class Entry:
     name: str
     """With its module: "math.gcd", "collections.OrderedDict.move_to_end"."""
     kind: str
-    """"function", "class" or "method"."""
+    """One of function, class, method."""
     sentence: str
     """One line of 15 to 120 ASCII characters that ends with a full stop; no two entries share one."""
 
@@ -80,7 +69,7 @@ class Member:
     name: str
     kind: str
     signature: str
-    """"(*integers)", or "" where Python does not tell."""
+    """Like "(*integers)", or nothing where Python does not tell."""
     doc: str
 
 

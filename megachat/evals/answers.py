@@ -43,7 +43,8 @@ def answer(
     """The model's answer to each prompt, up to and with the token `stop`."""
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     answers: list[Answer | None] = [None] * len(prompts)
-    for rows in track(list(batches(prompts, batch)), what, unit="batch"):
+    cut = list(batches(prompts, batch))
+    for rows in track(cut, what, len(cut), "batch"):
         asked = [prompts[row] for row in rows]
         written = generate(model, asked, sampling, {stop}, generator, pad=tokenizer.pad)
         for row, tokens in zip(rows, written, strict=True):

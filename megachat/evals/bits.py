@@ -41,7 +41,8 @@ def bits_per_byte(
     device = next(model.parameters()).device
     lengths = torch.as_tensor(token_bytes, device=device)
     bits, counts = [], []
-    for start in track(range(0, len(windows), batch), what, unit="batch"):
+    starts = range(0, len(windows), batch)
+    for start in track(starts, what, len(starts), "batch"):
         rows = windows[start : start + batch]
         tokens = _stack([row["tokens"] for row in rows], device)
         documents = _stack([row["documents"] for row in rows], device)

@@ -49,8 +49,9 @@ class Evaluate(Stage):
     pairs: PositiveInt
     """Preferences the reward model is tried on, at most."""
     windows: PositiveInt
-    """Pieces of the validation shard, each as long as the model's context, that bits per byte are measured
-    on, at most."""
+    """Pieces of the validation shard that bits per byte are measured on, at most."""
+    context: PositiveInt | None
+    """Tokens in each: as many as in training, or it measures what was not trained. null: the model's context."""
     samples: NonNegativeInt
     """Questions in each model's sample dialogue."""
     opening: str
@@ -180,7 +181,8 @@ class Evaluate(Stage):
         if not finished(self.inputs / "encode"):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
-        source = TokenWindows(Shard(self.inputs / "encode" / "validation"), context_of(loaded.model))
+        length = self.context or context_of(loaded.model)
+        source = TokenWindows(Shard(self.inputs / "encode" / "validation"), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes
         return {name: bits_per_byte(loaded.model, windows, lengths, self.batch, self.seed, name)}

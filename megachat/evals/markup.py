@@ -1,6 +1,6 @@
 """HTML that cannot be broken by what is put into it: a string becomes text, escaped, unless it is an `Html`.
 
-Only `element`, `join` and `plots.plot` make an `Html`. The page is one file and fetches nothing.
+Only `element`, `join` and `plots.draw` make an `Html`. The page is one file and fetches nothing.
 """
 
 import html

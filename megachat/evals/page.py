@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megachat.evals.markup import Html, document, element, join, table
-from megachat.evals.plots import Curve, plot
+from megachat.evals.plots import Line, Plot, draw
 
 Facts = dict[str, Any]
 """The contents of report.json."""
@@ -24,7 +24,7 @@ class Measure:
     chance: float | None = None
     """What a model that has learnt nothing, or is no better than the one it is compared with, gets."""
 
-    def write(self, value: float) -> str:
+    def write(self, value: int | float) -> str:
         """The value as it is read: a share in percent, a gain with its sign."""
         text = {"share": f"{100 * value:.1f} %", "number": f"{value:.3f}", "gain": f"{value:+.3f}"}[self.form]
         return text.replace("-", "\u2212")
@@ -186,7 +186,8 @@ def curves(facts: Facts) -> Html | None:
     for stage, told in facts["training"].items():
         drawn = []
         for name, curve in told["curves"].items():
-            svg = plot(Curve(**curve), f"{stage}-{name.replace('/', '-')}")
+            plot = Plot(curve["title"], curve["unit"], [Line(**line) for line in curve["lines"]])
+            svg = draw(plot, f"{stage}-{name.replace('/', '-')}")
             drawn.append(element("figure", svg, class_="card"))
         parts.append(element("h3", element("code", stage), f", {plural(told['last']['step'], 'step')}"))
         parts.append(element("div", *drawn, class_="grid wide"))
@@ -307,7 +308,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Example: size(2_500_000) -> "2.5 MB"."""
     if count < 1000:
         return f"{count:,.0f} bytes"
@@ -318,7 +319,7 @@ def size(count: float) -> str:
     return f"{count / 1000:,.1f} TB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Example: duration(75) -> "1 min 15 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s"

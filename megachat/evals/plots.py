@@ -1,5 +1,7 @@
-"""Curves as inline SVG, in the colours of the page's style sheet: they follow the reader's light or dark
-mode."""
+"""Plots as inline SVG, in the colours of the page, which follow the reader's light or dark mode.
+
+One plot shows one metric of one stage; matplotlib draws it, and `_inline` makes a part of a page of its file.
+"""
 
 import html
 import io
@@ -16,58 +18,70 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megachat.evals.markup import Html
 
 POINTS = 400
-"""A curve is drawn with at most this many points, each the mean of its neighbours."""
+"""A line is drawn with at most this many points, each the mean of its neighbours."""
+
+Numbers = Sequence[int | float]
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
-    """One metric of one stage over its steps."""
+class Line:
+    """Values over the optimizer's steps."""
 
-    title: str
-    unit: str
+    label: str
     steps: list[float]
     values: list[float]
 
     @classmethod
-    def of(cls, title: str, unit: str, steps: Sequence[float], values: Sequence[float]) -> "Curve":
-        """Thinned to `POINTS` points, each the mean of the ones it stands for."""
+    def of(cls, label: str, steps: Numbers, values: Numbers) -> "Line":
+        """Thinned to `POINTS` points."""
         pieces = min(len(steps), POINTS)
         thin = [
             [float(np.mean(piece)) for piece in np.array_split(np.asarray(series, dtype=np.float64), pieces)]
             for series in (steps, values)
         ]
-        return cls(title, unit, *thin)
+        return cls(label, *thin)
 
 
-# Colours that cannot occur by chance stand for the style sheet's; `plot` puts its names in their place.
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One metric of one stage: in training, held out, or both."""
+
+    title: str
+    unit: str
+    lines: list[Line]
+
+
+# Colours that cannot occur by chance stand for the style sheet's; `draw` puts its names in their place.
 PAINT = {
     "#010203": "var(--ink)",
     "#010204": "var(--quiet)",
     "#010205": "var(--line)",
     "#010206": "var(--accent)",
+    "#010207": "var(--other)",
 }
-INK, QUIET, LINE, ACCENT = PAINT
+INK, QUIET, LINE, ACCENT, OTHER = PAINT
 
 
-def plot(curve: Curve, name: str) -> Html:
-    """A line plot as SVG. `name` must be unique on the page: SVG ids are shared by all of it."""
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 10,
-        "axes.linewidth": 0.8,
-        "xtick.color": QUIET,
-        "ytick.color": QUIET,
-        "axes.labelcolor": QUIET,
-        "axes.edgecolor": LINE,
-        "grid.color": LINE,
-    }
-    with matplotlib.rc_context(settings):
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "axes.labelcolor": QUIET,
+    "axes.edgecolor": LINE,
+    "grid.color": LINE,
+}
+
+
+def draw(plot: Plot, name: str) -> Html:
+    """The plot as SVG. `name` must be unique on the page: SVG ids are shared by all of it."""
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": name}):
         figure = Figure(figsize=(3.9, 2.4), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(curve.title, color=INK, loc="left", fontsize=11, fontweight="bold")
+        axes.set_title(plot.title, color=INK, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(curve.unit)
+        axes.set_ylabel(plot.unit)
         axes.grid(axis="y", linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
@@ -75,17 +89,25 @@ def plot(curve: Curve, name: str) -> Html:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "\u2212")))
-        smooth = smoothed(curve.values)
-        many = len(curve.steps) > 1
-        if smooth is not None:
-            axes.plot(curve.steps, curve.values, color=ACCENT, alpha=0.3, linewidth=0.8)
-        axes.plot(
-            curve.steps, smooth or curve.values, color=ACCENT, linewidth=1.6, marker="" if many else "o"
-        )
+        for line, colour in zip(plot.lines, (ACCENT, OTHER), strict=False):
+            smooth = smoothed(line.values)
+            if smooth is not None:
+                axes.plot(line.steps, line.values, color=colour, alpha=0.3, linewidth=0.8)
+            marker = "o" if len(line.steps) == 1 else ""
+            axes.plot(
+                line.steps,
+                smooth or line.values,
+                color=colour,
+                linewidth=1.6,
+                marker=marker,
+                label=line.label,
+            )
+        if len(plot.lines) > 1:
+            axes.legend(frameon=False, labelcolor="linecolor", handlelength=1.2, fontsize=9)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return Html(_inline(buffer.getvalue(), name, f"{curve.title}, {curve.unit}, over the optimizer steps"))
+    return Html(_inline(buffer.getvalue(), name, f"{plot.title}, {plot.unit}, over the optimizer's steps"))
 
 
 def smoothed(values: Sequence[float]) -> list[float] | None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from megachat import __version__
 from megachat.evals.page import Facts, page
-from megachat.evals.plots import Curve
+from megachat.evals.plots import Line, Plot
 from megachat.log import say
 from megachat.run import Stage, finished, replacing, write_json
 
@@ -39,17 +39,19 @@ PACKAGES = (
 
 CURVES: dict[str, tuple[str, str | dict[str, str]]] = {
     "loss": ("Loss", {"rm": "nats per pair", "dpo": "nats per pair", "ppo": "policy loss"}),
-    "validation/bits_per_byte": ("Validation", "bits per byte"),
+    "bits_per_byte": ("Compression", "bits per byte"),
     "reward/mean": ("Reward", "reward model's score"),
     "kl": ("Distance from SFT (KL)", "nats per answer"),
     "accuracy": ("Pairs in the right order", "share"),
     "margin": ("Margin of the better answer", "difference of scores"),
     "entropy": ("Entropy of the policy", "nats per token"),
+    "answer/length": ("Length of answers", "tokens"),
     "clip_fraction": ("Clipped ratios", "share of tokens"),
+    "critic/loss": ("Critic", "squared error"),
     "gradient_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Throughput", "tokens per second"),
 }  # fmt: skip
-"""Which metrics are drawn, in this order, and in which units."""
+"""Which metrics are drawn, in this order, and in which units; `validation/...` of the same is drawn with it."""
 
 
 class Report(Stage):
@@ -125,10 +127,14 @@ def metrics(path: Path, stage: str) -> Facts | None:
         last |= rows[step]
     curves = {}
     for name, (title, units) in CURVES.items():
-        points = [(step, rows[step][name]) for step in sorted(rows) if name in rows[step]]
-        if points:
+        lines = []
+        for label, metric in (("training", name), ("held out", f"validation/{name.removesuffix('/mean')}")):
+            points = [(step, rows[step][metric]) for step in sorted(rows) if metric in rows[step]]
+            if points:
+                lines.append(Line.of(label, *zip(*points, strict=True)))
+        if lines:
             unit = units.get(stage, "nats per token") if isinstance(units, dict) else units
-            curves[name] = asdict(Curve.of(title, unit, *zip(*points, strict=True)))
+            curves[name] = asdict(Plot(title, unit, lines))
     return {"last": last, "curves": curves}
 
 

@@ -7,6 +7,7 @@ so a resumed run draws what the uninterrupted one would have drawn.
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -109,6 +110,8 @@ class Task(Stage):
     """Samples of one optimizer step, over all ranks."""
     micro_batch: PositiveInt
     """Samples that pass through the model at once on one rank, at most."""
+    max_steps: PositiveInt | None
+    """Take at most so many optimizer steps, whatever the budget says; null takes all."""
     checkpoint_interval: NonNegativeInt
     """Optimizer steps between checkpoints; 0 saves at the end only."""
     checkpoint_keep: PositiveInt
@@ -189,7 +192,7 @@ def fit(task: Task) -> None:
         saved = checkpoint.newest(task.folder / "checkpoints", mesh)
         if saved is not None:
             _continue_from(saved, task, run)
-        run.total = task.prepare(run)
+        run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
         if mesh.rank == 0:
             tokenizer.save(task.folder / "tokenizer.model")
         peak = peak_flops(mesh.device, task.parallel.bf16)

@@ -1,6 +1,7 @@
 """DPO's loss by hand, and the place it converges to in closed form."""
 
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch.testing import assert_close
 
 from megachat.align.dpo import dpo_loss, preference
 from megachat.align.pairs import Pair
+from megachat.align.start import without_dropout
+from megachat.train.loop import train_step
+from tests.align import tiny
 
 
 def test_dpo_is_log_2_when_policy_equals_reference():
@@ -51,3 +55,52 @@ def test_labels_right_eight_times_in_ten_end_at_the_margin_of_the_closed_form(
     optimizer.step(loss)
     reached = (logits[0] - logits[1]).detach() - (reference[0] - reference[1])
     assert reached.item() == pytest.approx(margin, abs=1e-3)
+
+
+def test_an_answer_counts_all_its_tokens_with_the_stop_and_none_of_the_prompts(inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run)
+    state = tiny.running(task)
+    pair = state.data.train[0]
+    for tokens, mask in (pair.chosen, pair.rejected):
+        answer = [token for token, trained in zip(tokens, mask, strict=True) if trained]
+        assert answer[-1] == state.tokenizer.end
+        asked = state.tokenizer.decode(tokens[: -len(answer)])
+        assert asked.endswith("?")
+        assert state.tokenizer.decode(answer) in (tiny.answer(asked), tiny.wrong(asked), asked[:2])
+
+
+def test_the_first_loss_is_log_2_exactly_and_the_reference_never_moves(inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run, *tiny.PAIRS)
+    state = tiny.running(task)
+    before = {name: value.clone() for name, value in state.frozen["reference"].named_parameters()}
+    batches = task.batches(state)
+    losses = []
+    for _ in range(3):
+        sums = train_step(task, state, next(batches), rate=1e-2)
+        losses.append(sums["loss"] / sums["weight"])
+        state.progress.step += 1
+    assert losses[0] == pytest.approx(log(2), abs=1e-7)
+    assert losses[2] < 0.69
+    for name, value in state.frozen["reference"].named_parameters():
+        assert torch.equal(value, before[name])
+        assert value.grad is None
+
+
+def test_a_model_trained_with_dropout_starts_at_log_2_too(inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run, *tiny.PAIRS)
+    state = tiny.running(task)
+    for block in state.engines["model"].module.blocks:
+        block.dropout = 0.5
+    without_dropout(state.engines["model"].module)
+    (batch,) = next(task.batches(state))
+    assert task.loss(state, batch).losses["model"].item() / 16 == pytest.approx(log(2), abs=1e-7)
+
+
+def test_it_comes_to_prefer_what_is_preferred(inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run, *tiny.PAIRS, "epochs=8", "optimizer.lr=1e-3")
+    task.execute()
+    rows = tiny.rows(run, "dpo")
+    assert rows[0]["loss"] == pytest.approx(log(2), abs=1e-6)
+    assert rows[0]["margin"] == 0
+    assert rows[-1]["validation/accuracy"] > 0.85
+    assert rows[-1]["validation/loss"] < 0.5

@@ -1,16 +1,33 @@
 """PPO's pieces by hand, and its gradient against the exact one, over all that a tiny policy can say."""
 
+import shutil
 from itertools import pairwise
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, tensor
+from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
 from megachat.align.advantages import gae
 from megachat.align.logprobs import answer_logps, token_logps
-from megachat.align.ppo import clipped_policy_loss, clipped_value_loss, held_back, kl_rewards, log_ratio
+from megachat.align.ppo import (
+    PPO,
+    Sampled,
+    clipped_policy_loss,
+    clipped_value_loss,
+    held_back,
+    kl_rewards,
+    log_ratio,
+)
+from megachat.align.rollout import Rollout
+from megachat.align.rows import Rows
+from megachat.config import ConfigError
+from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import train_step
+from megachat.train.losses import IGNORE
+from tests.align import tiny
 
 STOP, SYMBOLS, LENGTH = 0, 4, 3
 
@@ -177,3 +194,164 @@ def test_the_policy_climbs_to_the_gibbs_distribution_of_the_reward():
         distances.append(0.5 * (torch.softmax(logits.detach(), 0) - best).abs().sum().item())
     assert distances[-1] < 1e-3 < distances[0]
     assert all(after <= before + 0.02 for before, after in pairwise(distances[::50]))
+
+
+class Letters(nn.Module):
+    """A reward model that is right: the share of the answer `abab` and its stop that stands where it should."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores = torch.zeros(tokens.shape)
+        for row, said in enumerate(tokens.tolist()):
+            begins = said.index(self.tokenizer.assistant) + 1
+            question = self.tokenizer.decode(said[:begins])
+            truth = [*self.tokenizer.encode(tiny.answer(question)), self.tokenizer.end]
+            right = [ours == theirs for ours, theirs in zip(said[begins:], truth, strict=False)]
+            scores[row] = sum(right) / len(truth)
+        return scores
+
+
+def test_a_rollout_is_scored_and_its_first_step_is_on_policy(inputs: Path, run: Path):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "critic_first=0")
+    state = tiny.running(task)
+    batches = task.batches(state)
+    for step in range(task.steps):
+        sums = train_step(
+            task, state, next(batches), rate=0.0
+        )  # nothing moves, so every step is like the first
+        state.progress.step += 1
+        assert sums["moved"] == sums["clip_fraction"] == 0, f"at step {step}"
+    assert state.notes["kl"] == state.notes["kl/k3"] == 0
+    assert 1 <= state.notes["answer/length"] <= 8
+
+
+def test_every_answer_is_trained_on_once_in_each_epoch(inputs: Path, run: Path):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS)
+    batches = task.batches(tiny.running(task))
+    seen = [[row.tolist() for part in next(batches) for row in part.rows.tokens] for _ in range(4)]
+    assert [len(step) for step in seen] == [16] * 4
+    assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3])
+    assert seen[0] != seen[2]
+
+
+def test_the_score_and_the_penalty_are_paid_on_the_last_token(inputs: Path, run: Path):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "kl=0.5", "unfinished=3")
+    assert isinstance(task, PPO)
+    labels = tensor([[IGNORE, 5, 6], [7, IGNORE, IGNORE]])
+    zeros = torch.zeros(2, 3)
+    rollout = Rollout(
+        rows=Rows(torch.zeros_like(labels), labels, torch.ones_like(labels).bool()),
+        stopped=tensor([True, False]),
+        scores=tensor([1.0, 3.0]),
+        logps=zeros - 1,
+        reference=zeros - tensor([1.0, 1.5, 1.0]),
+        values=zeros,
+        entropies=zeros,
+    )
+    assert_close(task._rewards(rollout), tensor([[0.0, -0.25, 1.0], [0.0, 0.0, 0.0]]))
+
+
+def test_while_the_critic_learns_alone_the_policy_stays(inputs: Path, run: Path):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "critic_first=1")
+    state = tiny.running(task)
+    before = {
+        role: [parameter.detach().clone() for parameter in engine.module.parameters()]
+        for role, engine in state.engines.items()
+    }
+    train_step(task, state, next(task.batches(state)), rate=1e-2)
+    same = {
+        role: all(torch.equal(a, b) for a, b in zip(before[role], engine.module.parameters(), strict=True))
+        for role, engine in state.engines.items()
+    }
+    assert same == {"model": True, "critic": False}
+
+
+def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "micro_batch=1", "critic_first=0")
+    state = tiny.running(task)
+    singles = next(task.batches(state))
+    fields = ("logps", "values", "advantages", "returns")
+    tensors = {name: torch.cat([getattr(one, name) for one in singles]) for name in fields}
+    rows = Rows(
+        *(torch.cat([getattr(one.rows, name) for one in singles]) for name in ("tokens", "labels", "real"))
+    )
+    tensors["logps"] = tensors["logps"] + 0.3 * torch.randn_like(tensors["logps"])  # some are clipped
+    whole = Sampled(weight=0.0, tokens=0, samples=16, rows=rows, **tensors)
+    parts = [
+        Sampled(
+            weight=0.0,
+            tokens=0,
+            samples=1,
+            rows=rows.part(i, i + 1),
+            **{n: t[i : i + 1] for n, t in tensors.items()},
+        )
+        for i in range(16)
+    ]
+    together, alone = task.loss(state, whole), [task.loss(state, part) for part in parts]
+    for role, loss in together.losses.items():
+        assert_close(sum(one.losses[role] for one in alone), loss, rtol=1e-4, atol=1e-4)
+    assert together.metrics["clip_fraction"] > 0
+    assert sum(one.metrics["clip_fraction"] for one in alone) == together.metrics["clip_fraction"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_learns_what_the_reward_model_rewards(inputs: Path, run: Path, seed: int):
+    task = tiny.stage(
+        "ppo", inputs, run, "batch=64", "micro_batch=64", "rollout=64", "at_once=64", "max_new_tokens=6",
+        "rollouts=150", "epochs=1", "kl=0.0", "unfinished=0", "critic_first=0", "clip_value=10", f"seed={seed}",
+    )  # fmt: skip
+    state = tiny.running(task)
+    state.frozen["reward"] = Letters(state.tokenizer)
+    batches = task.batches(state)
+    rewards = []
+    for _ in range(state.total):
+        torch.manual_seed(state.progress.step)
+        train_step(task, state, next(batches), rate=2e-3)
+        state.progress.step += 1
+        rewards.append(state.notes["reward/mean"])
+    assert sum(rewards[:3]) / 3 < 0.15
+    assert sum(rewards[-10:]) / 10 > 0.8, rewards[::10]
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path, tmp_path: Path):
+    settings = [*tiny.ROLLOUTS, "rollouts=3", "critic_first=0", "checkpoint_interval=1", "checkpoint_keep=9"]
+    whole = tmp_path / "whole"
+    tiny.stage("ppo", inputs, whole, *settings).execute()
+    tiny.stage("ppo", inputs, run, *settings).execute()
+    # As if it had died in its third rollout: the checkpoint after the second is the newest.
+    kept = sorted(path.name for path in (run / "ppo" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000008", "step-00000012"]  # never inside a rollout
+    shutil.rmtree(run / "ppo" / "checkpoints" / "step-00000012")
+    (run / "ppo" / "done.json").unlink()
+    tiny.stage("ppo", inputs, run, *settings).execute()
+    clocks = {"seconds", "tokens_per_second", "mfu", "memory_gib"}
+    first, second = (
+        [
+            {name: value for name, value in row.items() if name not in clocks}
+            for row in tiny.rows(folder, "ppo")
+        ]
+        for folder in (whole, run)
+    )
+    assert len(first) == 12
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rollout=33", r"rollout=33 is not a multiple of batch=16"),
+        ("max_new_tokens=24", r"max_new_tokens=24 leaves no room for a prompt in context=24"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(inputs: Path, run: Path, setting: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, setting)
+
+
+def test_a_model_that_writes_is_no_reward_model(inputs: Path, run: Path):
+    with pytest.raises(ValueError, match="ppo needs a reward model; `sft` trained one that writes text"):
+        tiny.running(tiny.stage("ppo", inputs, run, "reward=sft"))

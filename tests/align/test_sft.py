@@ -60,7 +60,8 @@ def test_a_conversation_longer_than_the_context_is_left_out_whole(
 def test_what_is_measured_is_not_trained_on(inputs: Path, run: Path):
     state = tiny.running(tiny.stage("sft", inputs, run, "validation=0.3"))
     train, held_out = (
-        {tuple(tokens) for row in rows for tokens, _ in row} for rows in (state.data.rows, state.data.held_out)
+        {tuple(tokens) for row in rows for tokens, _ in row}
+        for rows in (state.data.rows, state.data.held_out)
     )
     assert len(train) + len(held_out) == 64
     assert 8 < len(held_out) < 32

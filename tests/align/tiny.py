@@ -38,7 +38,13 @@ SHAPE = {
     "dropout": 0.0,
 }
 COMMON = ["context=24", "parallel=zero0", "parallel.precision=fp32", "log.interval=1", "log.wandb=disabled"]
-COMMON += ["checkpoint_interval=0", "validation_interval=0", "optimizer.lr=3e-3", "schedule=constant", "schedule.warmup=0"]
+COMMON += [
+    "checkpoint_interval=0",
+    "validation_interval=0",
+    "optimizer.lr=3e-3",
+    "schedule=constant",
+    "schedule.warmup=0",
+]
 
 
 PAIRS = ["batch=16", "micro_batch=16"]
@@ -63,10 +69,17 @@ def make(run: Path) -> Path:
     """The folder, with data of every kind in it."""
     questions = [f"{a}{b}?" for a in LETTERS for b in LETTERS]
     run.mkdir(parents=True)
-    _write(run / "conversations.jsonl", [{"messages": _said(q) + [_message("assistant", answer(q))]} for q in questions])
+    _write(
+        run / "conversations.jsonl",
+        [{"messages": _said(q) + [_message("assistant", answer(q))]} for q in questions],
+    )
     _write(
         run / "preferences.jsonl",
-        [{"prompt": q, "chosen": answer(q), "rejected": spoilt} for q in questions for spoilt in (wrong(q), q[:2])],
+        [
+            {"prompt": q, "chosen": answer(q), "rejected": spoilt}
+            for q in questions
+            for spoilt in (wrong(q), q[:2])
+        ],
     )
     _write(run / "prompts.jsonl", [{"prompt": q} for q in questions])
     texts = [f"{q} {answer(q)} {' '.join(answer(q))}" for q in questions]

@@ -121,9 +121,19 @@ def test_a_document_goes_only_if_it_is_like_the_one_that_stays() -> None:
     b = np.where(np.arange(112) < 24, a + 1000, a).astype(np.uint32)
     c = np.where(np.arange(112) >= 88, b + 1000, b).astype(np.uint32)
     assert DEDUP.near_copies(np.stack([a, b, c])).tolist() == [0, 0, 2]
+    assert DEDUP.near_copies(np.stack([a, c, b])).tolist() == [0, 1, 0]
     # With D like C alone, D goes for C.
     d = np.where((np.arange(112) >= 64) & (np.arange(112) < 88), c + 1000, c).astype(np.uint32)
     assert DEDUP.near_copies(np.stack([a, b, c, d])).tolist() == [0, 0, 2, 2]
+
+
+def test_two_alike_are_found_though_the_only_band_they_share_begins_with_a_stranger() -> None:
+    stranger = np.arange(112, dtype=np.uint32)
+    first = np.where(np.arange(112) < 8, stranger, stranger + 1000).astype(np.uint32)
+    second = np.where((np.arange(112) >= 8) & (np.arange(112) % 8 == 0), first + 1000, first).astype(
+        np.uint32
+    )
+    assert DEDUP.near_copies(np.stack([stranger, first, second])).tolist() == [0, 1, 1]
 
 
 def test_the_threshold_counts_equal_values() -> None:

@@ -1,5 +1,6 @@
 """True answers, wrong ones of three kinds, and what is held out never trained on."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -55,7 +56,7 @@ def about(messages, phrasings) -> str:
 
 def trained_on() -> set[str]:
     """All sentences that appear in training, in any part."""
-    said = {message.content for one in conversations().conversations() for message in one.messages}
+    said = {m.content for one in conversations(follow_ups=0.5).conversations() for m in one.messages}
     for one in preferences().preferences("train"):
         said |= {one.chosen, one.rejected}
     return said | {one.answer for one in prompts().prompts("train")}
@@ -145,6 +146,11 @@ def test_a_garbled_answer_has_the_same_words_in_another_order():
             assert sorted(one.rejected[:-1].split()) == sorted(one.chosen[:-1].split())
             assert one.rejected != one.chosen
             assert one.rejected.endswith(".")
+
+
+def test_words_are_shuffled_until_they_are_out_of_order():
+    two = Entry("m.f", "function", "Swap words.")
+    assert {questions.garbled(two, random.Random(seed)) for seed in range(20)} == {"words Swap."}
 
 
 def test_half_of_the_other_answers_come_from_the_same_module():

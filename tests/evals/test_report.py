@@ -144,8 +144,12 @@ def test_a_step_logged_twice_counts_once_and_a_torn_line_not_at_all(run: Path):
     (run / "sft").mkdir(parents=True)
     (run / "sft" / "metrics.jsonl").write_text("\n".join(lines))
     told = gather(run)["training"]["sft"]
-    assert told["curves"]["loss"]["steps"] == [10.0, 20.0]
-    assert told["curves"]["loss"]["values"] == [5.0, 4.0]
+    assert told["curves"]["loss"]["lines"] == [
+        {"label": "training", "steps": [10.0, 20.0], "values": [5.0, 4.0]}
+    ]
+    assert told["curves"]["bits_per_byte"]["lines"] == [
+        {"label": "held out", "steps": [20.0], "values": [1.5]}
+    ]
     assert told["last"] == {"step": 20, "loss": 4.0, "validation/bits_per_byte": 1.5}
 
 
@@ -155,7 +159,7 @@ def test_a_diverged_run_can_still_be_reported(run: Path):
         '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": Infinity}\n'
     )
     facts, page = report(run)
-    assert facts["training"]["sft"]["curves"]["loss"]["values"] == [2.0]
+    assert facts["training"]["sft"]["curves"]["loss"]["lines"][0]["values"] == [2.0]
     assert "NaN" not in (run / "report.json").read_text()  # which is not JSON
     assert "<svg" in page
 

@@ -1,0 +1,99 @@
+"""Sampled answers: their probabilities are the sampler's, they follow from the seed, and the figures add up."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from megachat.align.logprobs import token_logps
+from megachat.align.rollout import Rollout, in_parts, sample
+from megachat.align.rows import Rows, padded
+from megachat.model.generate import Sampling
+from megachat.train.losses import IGNORE
+from tests.align import tiny
+
+FREE = Sampling(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=8)
+
+
+def test_the_losses_probabilities_are_those_the_sampler_drew_from(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    drawn: list[torch.Tensor] = []
+    choose = Sampling.choose
+
+    def remember(
+        self: Sampling, logits: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        tokens = choose(self, logits, generator)
+        drawn.append(torch.log_softmax(logits / self.temperature, -1).gather(1, tokens[:, None])[:, 0])
+        return tokens
+
+    monkeypatch.setattr(Sampling, "choose", remember)
+    prompt = [state.tokenizer.bos, state.tokenizer.user]
+    for asked in (prompt, prompt * 4):
+        drawn.clear()
+        rows = padded(sample(state, [asked], FREE, at_once=4), state.tokenizer.pad)
+        with state.engines["model"].inference() as model:
+            logps = token_logps(model(rows.tokens), rows.labels, FREE.temperature)
+        assert_close(logps[rows.mask], torch.cat(drawn), atol=1e-4, rtol=0)
+
+
+def test_the_same_seed_draws_the_same_answers_and_another_draws_others(inputs: Path, run: Path):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    prompts = [[state.tokenizer.bos, state.tokenizer.user, token] for token in range(260, 270)]
+
+    def draw(seed: int) -> list[tuple[list[int], list[int]]]:
+        torch.manual_seed(seed)
+        return sample(state, prompts, FREE, at_once=4)
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_an_answer_is_trained_on_with_its_stop_token_and_ends_at_the_limit_without_one(
+    inputs: Path, run: Path
+):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    prompt = [state.tokenizer.bos, state.tokenizer.user]
+    torch.manual_seed(0)
+    wild = Sampling(temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=20)  # one token in 280 is the stop
+    answered = sample(state, [prompt] * 200, wild, at_once=100)
+    for tokens, mask in answered:
+        assert mask == [0, 0] + [1] * (len(tokens) - 2)
+        assert state.tokenizer.end not in tokens[2:-1]
+        assert tokens[-1] == state.tokenizer.end or len(tokens) == 22
+    assert {tokens[-1] == state.tokenizer.end for tokens, _ in answered} == {True, False}
+
+
+def test_parts_of_a_batch_give_what_the_batch_gives():
+    rows = padded([([1, 2, 3], [0, 1, 1]), ([1, 2], [0, 1]), ([1, 4, 5], [0, 0, 1])], pad=0)
+    measured = in_parts(rows, 2, lambda part: part.tokens * 2)
+    assert_close(measured, rows.tokens * 2)
+
+
+def test_the_figures_by_hand(inputs: Path, run: Path):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    labels = tensor([[IGNORE, 5, 6], [7, IGNORE, IGNORE]])
+    nothing = torch.nan
+    rollout = Rollout(
+        rows=Rows(torch.zeros_like(labels), labels, torch.ones_like(labels).bool()),
+        stopped=tensor([True, False]),
+        scores=tensor([1.0, 3.0]),
+        logps=tensor([[nothing, -1.0, -1.0], [-2.0, nothing, nothing]]),
+        reference=tensor([[nothing, -1.5, -2.0], [-1.0, nothing, nothing]]),
+        values=torch.zeros(2, 3),
+        entropies=tensor([[nothing, 1.0, 2.0], [0.0, nothing, nothing]]),
+    )
+    drift = (0.5, 1.0, -1.0)
+    expected = {
+        "reward/mean": 2.0,
+        "reward/deviation": 1.0,
+        "kl": sum(drift) / 2,  # per answer
+        "kl/k3": sum(tensor(-d).exp().item() - 1 + d for d in drift) / 2,
+        "entropy": 1.0,  # per token
+        "answer/stopped": 0.5,
+        "answer/length": 1.5,
+    }
+    assert rollout.figures(state) == pytest.approx(expected)

@@ -1,0 +1,122 @@
+"""The loop: exact means over unequal micro-batches, what is logged, what is refused, what is repeated."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.log import Recorder
+from megachat.run import perform
+from megachat.train.losses import IGNORE, cross_entropy
+from megachat.train.metrics import measured_flops, peak_flops
+from tests.spawn import on_ranks
+from tests.tiny_run import make, pretrain, rows
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make(tmp_path_factory.mktemp("loop") / "runs" / "tiny")
+    trained(run=run, overrides=["validation_interval=5", "log.wandb=offline"])
+    return run
+
+
+@on_ranks(1)
+def trained(run: Path, overrides: list[str]) -> None:
+    perform(pretrain(run, *overrides))
+
+
+def test_cross_entropy_of_a_uniform_model_is_log_vocab_for_each_trained_token() -> None:
+    labels = torch.tensor([[1, 2, IGNORE]])
+    assert cross_entropy(torch.zeros(1, 3, 7), labels).item() == pytest.approx(2 * math.log(7))
+
+
+def test_training_lowers_the_loss_and_logs_every_step(tiny: Path) -> None:
+    logged = rows(tiny)
+    assert [row["step"] for row in logged] == list(range(1, 13))
+    assert logged[0]["loss"] == pytest.approx(math.log(300), abs=0.3)
+    assert logged[-1]["loss"] < logged[0]["loss"] - 1
+    assert [row["tokens"] for row in logged] == [256 * step for step in range(1, 13)]  # 8 samples of 32
+
+
+def test_validation_appears_at_its_interval_and_at_the_end(tiny: Path) -> None:
+    validated = [row["step"] for row in rows(tiny) if "validation/bits_per_byte" in row]
+    assert validated == [5, 10, 12]
+
+
+def test_bits_per_byte_agrees_with_an_independent_computation(tiny: Path) -> None:
+    from megachat.data.loader import TokenWindows
+    from megachat.data.shards import Shard
+    from megachat.evals.bits import bits_per_byte, spread
+    from megachat.parallel.checkpoint import load_model
+
+    loaded = load_model(tiny / "pretrain")
+    source = TokenWindows(Shard(tiny / "encode" / "validation"), 32)
+    windows = [source[index] for index in spread(len(source), 4)]
+    score = bits_per_byte(loaded.model, windows, loaded.tokenizer.token_bytes, 4)
+    assert rows(tiny)[-1]["validation/bits_per_byte"] == pytest.approx(score.value, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_accumulation_and_data_ranks_do_not_change_the_losses(tiny: Path, tmp_path: Path) -> None:
+    for name, size in (("one-by-one", 1), ("three", 3), ("all-at-once", 8)):
+        run = tmp_path / name
+        trained(run=run, overrides=[f"inputs={tiny}", f"micro_batch={size}"])
+        assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(tiny)], rel=1e-5)
+
+
+@on_ranks(2)
+def on_two(run: Path, overrides: list[str]) -> None:
+    perform(pretrain(run, *overrides))
+
+
+@pytest.mark.slow
+def test_two_ranks_through_the_whole_loop_give_one_ranks_losses(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    on_two(run=run, overrides=[f"inputs={tiny}", "parallel=zero2", "parallel.precision=fp32"])
+    assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(tiny)], rel=1e-4)
+    assert (run / "pretrain" / "done.json").is_file()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+    from megachat.data.loader import share
+
+    with pytest.raises(ValueError, match=r"3 ranks cannot share the 8 samples"):
+        share([], 0, 8, 0, 3)  # type: ignore[arg-type]
+
+
+def test_changed_settings_do_not_overwrite_a_finished_stage(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "changed"
+    trained(run=run, overrides=[f"inputs={tiny}", "tokens=512"])
+    first = rows(run)
+    trained(run=run, overrides=[f"inputs={tiny}", "tokens=768"])
+    assert len(rows(run)) == 3
+    (aside,) = (run / "replaced").iterdir()
+    assert [json.loads(line) for line in (aside / "metrics.jsonl").read_text().splitlines()] == first
+
+
+def test_wandb_runs_offline_and_holds_no_secret(tiny: Path) -> None:
+    (folder,) = (tiny / "wandb").glob("offline-run-*")
+    (record,) = folder.glob("run-*.wandb")
+    content = record.read_bytes()
+    assert b"loss_nats" in content
+    assert b"tokens_per_second" in content
+
+
+def test_rows_after_the_point_of_resumption_are_dropped(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "rows"
+    stage = pretrain(run, f"inputs={tiny}", "log.wandb=disabled")
+    stage.folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (stage.folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    with Recorder(stage, step=2) as recorder:
+        recorder.row({"step": 3, "loss": 0.5})
+    assert [(row["step"], row["loss"]) for row in rows(run)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_the_peak_of_a_cpu_is_measured() -> None:
+    peak = peak_flops(torch.device("cpu"), bf16=False)
+    assert peak is not None
+    assert 1e8 < peak < 1e14
+    assert measured_flops(torch.float32, 64) > 1e6
