@@ -53,11 +53,3 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def run(tmp_path: Path) -> Path:
     """The path of a run folder that does not exist yet."""
     return tmp_path / "runs" / "test"
-
-
-@pytest.fixture
-def offline_env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """`monkeypatch` without rank, world, or Slurm in the environment, for tests of how megachat starts."""
-    for name in [key for key in os.environ if key.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_"))]:
-        monkeypatch.delenv(name)
-    return monkeypatch

@@ -42,7 +42,8 @@ if [[ ! -f $venv/path || $(<"$venv/path") != "$PWD" ]] || ! fits "$venv/bin/pyth
 fi
 
 install() {  # pip in full goes to the log; the terminal gets one line per package
-    if ! DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-input \
+    # --no-compile: byte code comes with the first import, and for what is imported only: half the time.
+    if ! DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install --no-input --no-compile \
             -c tools/constraints.txt "$@" 2>&1 | tee -a "$log" | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'; then
         echo "Installing failed. The end of $log:" >&2
         tail -n 15 "$log" >&2

@@ -51,7 +51,7 @@ class Evaluate(Stage):
     windows: PositiveInt
     """Pieces of the validation shard that bits per byte are measured on, at most."""
     context: PositiveInt | None
-    """Tokens in each: as many as in training, or it measures what was not trained. null: the model's context."""
+    """Tokens in each: as many as in training, or it measures the untrained. null: the model's context."""
     samples: NonNegativeInt
     """Questions in each model's sample dialogue."""
     opening: str

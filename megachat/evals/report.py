@@ -39,7 +39,7 @@ PACKAGES = (
 
 CURVES: dict[str, tuple[str, str | dict[str, str]]] = {
     "loss": ("Loss", {"rm": "nats per pair", "dpo": "nats per pair", "ppo": "policy loss"}),
-    "bits_per_byte": ("Compression", "bits per byte"),
+    "bits_per_byte": ("Held-out text", "bits per byte"),
     "reward/mean": ("Reward", "reward model's score"),
     "kl": ("Distance from SFT (KL)", "nats per answer"),
     "accuracy": ("Pairs in the right order", "share"),
@@ -51,7 +51,7 @@ CURVES: dict[str, tuple[str, str | dict[str, str]]] = {
     "gradient_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Throughput", "tokens per second"),
 }  # fmt: skip
-"""Which metrics are drawn, in this order, and in which units; `validation/...` of the same is drawn with it."""
+"""Which metrics are drawn, in this order, and in which units; its `validation/` twin is drawn with it."""
 
 
 class Report(Stage):

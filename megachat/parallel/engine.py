@@ -40,6 +40,8 @@ from deepspeed.utils import (
 logger.setLevel(logging.WARNING)
 # DeepSpeed 0.19 still calls collectives by names that newer torch calls deprecated, at every step.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+# Under autocast (ZeRO 0 in bf16) norms meet fp32 weights: torch warns that it takes the slower kernel.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 # Compiling it takes a C++ compiler and 90 seconds; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -48,7 +48,7 @@ class Chat(Stage):
     system: str | None
     """A system message that every conversation begins with; null for none."""
     sampling: Sampling
-    """How answers are written."""
+    """How answers are written; one takes at most half of the model's context."""
     device: Literal["auto", "cpu", "cuda"]
     """Where the model runs; `auto` takes a GPU when there is one."""
 
@@ -100,16 +100,12 @@ class Talk:
         base: bool,
     ) -> None:
         """`base`: the model continues text, it does not answer."""
-        self.room = model.config.context - sampling.max_new_tokens
+        longest = min(sampling.max_new_tokens, model.config.context // 2)
+        self.sampling = sampling.model_copy(update={"max_new_tokens": longest})
+        self.room = model.config.context - longest
         """Tokens of the context that a prompt may take."""
-        if self.room < 2:
-            raise ValueError(
-                f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a question "
-                f"in the model's context={model.config.context}; use at most {model.config.context - 2}"
-            )
         self.model = model
         self.tokenizer = tokenizer
-        self.sampling = sampling
         self.generator = generator
         self.system = [] if system is None else [Message("system", system)]
         self.base = base
@@ -142,7 +138,7 @@ class Talk:
             if not self.past:
                 raise ValueError(
                     f"this question is {len(tokens)} tokens long, and the model's context leaves {self.room} "
-                    f"before an answer of sampling.max_new_tokens={self.sampling.max_new_tokens}; shorten it"
+                    f"before an answer of up to {self.sampling.max_new_tokens}; shorten it"
                 )
             self.past = self.past[2:]
 

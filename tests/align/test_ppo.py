@@ -1,9 +1,11 @@
 """PPO's pieces by hand, and its gradient against the exact one, over all that a tiny policy can say."""
 
+import json
 import shutil
 from itertools import pairwise
 from math import log
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -197,7 +199,7 @@ def test_the_policy_climbs_to_the_gibbs_distribution_of_the_reward():
 
 
 class Letters(nn.Module):
-    """A reward model that is right: the share of the answer `abab` and its stop that stands where it should."""
+    """A reward model that is right: the share of the answer `abab` and its stop that is in its place."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -298,23 +300,45 @@ def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_it_learns_what_the_reward_model_rewards(inputs: Path, run: Path, seed: int):
-    task = tiny.stage(
-        "ppo", inputs, run, "batch=64", "micro_batch=64", "rollout=64", "at_once=64", "max_new_tokens=6",
-        "rollouts=150", "epochs=1", "kl=0.0", "unfinished=0", "critic_first=0", "clip_value=10", f"seed={seed}",
-    )  # fmt: skip
+@pytest.mark.parametrize(("epochs", "rate"), [(1, 1e-3), (2, 5e-4)])
+def test_it_learns_what_the_reward_model_rewards(half_right: Path, run: Path, epochs: int, rate: float):
+    settings = ["batch=64", "micro_batch=64", "rollout=64", "at_once=64", "max_new_tokens=6", "rollouts=40"]
+    settings += [f"epochs={epochs}", "kl=0", "unfinished=0", "critic_first=2", "clip_value=10"]
+    task = tiny.stage("ppo", half_right, run, *settings)
     state = tiny.running(task)
     state.frozen["reward"] = Letters(state.tokenizer)
     batches = task.batches(state)
     rewards = []
     for _ in range(state.total):
         torch.manual_seed(state.progress.step)
-        train_step(task, state, next(batches), rate=2e-3)
+        train_step(task, state, next(batches), rate)
         state.progress.step += 1
         rewards.append(state.notes["reward/mean"])
-    assert sum(rewards[:3]) / 3 < 0.15
-    assert sum(rewards[-10:]) / 10 > 0.8, rewards[::10]
+    assert sum(rewards[:3]) / 3 < 0.75
+    assert sum(rewards[-5:]) / 5 > 0.9, rewards[::5]
+
+
+@pytest.fixture(scope="module")
+def half_right(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose SFT model has learnt from answers with six letters in ten right, the others random."""
+    folder = tmp_path_factory.mktemp("half_right") / "inputs"
+    shutil.copytree(inputs, folder)
+    random = Random(0)
+    lines = (folder / "conversations.jsonl").read_text().splitlines() * 10
+    with (folder / "conversations.jsonl").open("w") as file:
+        for line in lines:
+            asked, answered = json.loads(line)["messages"]
+            said = [
+                letter if random.random() < 0.6 else random.choice(tiny.LETTERS)
+                for letter in answered["content"]
+            ]
+            file.write(json.dumps({"messages": [asked, answered | {"content": "".join(said)}]}) + "\n")
+    trained = folder.parent / "trained"
+    settings = ["batch=16", "micro_batch=16", "epochs=10", "validation=0"]
+    tiny.stage("sft", folder, trained, *settings).execute()
+    shutil.rmtree(folder / "sft")
+    shutil.copytree(trained / "sft", folder / "sft")
+    return folder
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path, tmp_path: Path):
@@ -338,6 +362,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path,
     )
     assert len(first) == 12
     assert first == second
+    assert first[-1]["kl"] != 0  # the reference is where it was, and the policy is not
 
 
 @pytest.mark.parametrize(
@@ -354,4 +379,4 @@ def test_settings_that_cannot_work_are_refused(inputs: Path, run: Path, setting:
 
 def test_a_model_that_writes_is_no_reward_model(inputs: Path, run: Path):
     with pytest.raises(ValueError, match="ppo needs a reward model; `sft` trained one that writes text"):
-        tiny.running(tiny.stage("ppo", inputs, run, "reward=sft"))
+        tiny.running(tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "reward=sft"))

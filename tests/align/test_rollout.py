@@ -1,4 +1,4 @@
-"""Sampled answers: their probabilities are the sampler's, they follow from the seed, and the figures add up."""
+"""Sampled answers: their probabilities are the sampler's, the seed decides them, and the figures add up."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from megachat.align.logprobs import token_logps
-from megachat.align.rollout import Rollout, in_parts, sample
+from megachat.align.ppo import PPO
+from megachat.align.rollout import Rollout, estimated, in_parts, sample
 from megachat.align.rows import Rows, padded
 from megachat.model.generate import Sampling
 from megachat.train.losses import IGNORE
@@ -17,10 +17,14 @@ from tests.align import tiny
 FREE = Sampling(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=8)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_losses_probabilities_are_those_the_sampler_drew_from(
-    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ):
-    state = tiny.running(tiny.stage("sft", inputs, run))
+    settings = [*tiny.ROLLOUTS, "batch=1", "rollout=1", f"temperature={temperature}"]
+    task = tiny.stage("ppo", inputs, run, *settings)
+    assert isinstance(task, PPO)
+    state = tiny.running(task)
     drawn: list[torch.Tensor] = []
     choose = Sampling.choose
 
@@ -28,17 +32,26 @@ def test_the_losses_probabilities_are_those_the_sampler_drew_from(
         self: Sampling, logits: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         tokens = choose(self, logits, generator)
-        drawn.append(torch.log_softmax(logits / self.temperature, -1).gather(1, tokens[:, None])[:, 0])
+        drawn.append(torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0])
         return tokens
 
     monkeypatch.setattr(Sampling, "choose", remember)
-    prompt = [state.tokenizer.bos, state.tokenizer.user]
-    for asked in (prompt, prompt * 4):
+    for number in range(5):
         drawn.clear()
-        rows = padded(sample(state, [asked], FREE, at_once=4), state.tokenizer.pad)
-        with state.engines["model"].inference() as model:
-            logps = token_logps(model(rows.tokens), rows.labels, FREE.temperature)
-        assert_close(logps[rows.mask], torch.cat(drawn), atol=1e-4, rtol=0)
+        rollout = task._sample(state, number)
+        assert_close(rollout.logps[rollout.rows.mask], torch.cat(drawn), atol=1e-4, rtol=0)
+
+
+def test_advantages_are_whitened_and_returns_are_not(inputs: Path, run: Path):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    rows = padded([([1, 2, 3], [0, 1, 1]), ([1, 2], [0, 1])], pad=0)
+    zeros = torch.zeros(2, 3)
+    rollout = Rollout(rows, tensor([True, True]), torch.zeros(2), zeros, zeros, zeros, zeros)
+    rewards = tensor([[0.0, 6.0, 0.0], [3.0, 0.0, 0.0]])
+    advantages, returns = estimated(rollout, rewards, 1.0, 1.0, state)
+    assert_close(returns, tensor([[6.0, 6.0, 0.0], [3.0, 0.0, 0.0]]))
+    half = 0.5**0.5  # 6, 6, 3: mean 5, variance 2
+    assert_close(advantages, tensor([[half, half, 0.0], [-2 * half, 0.0, 0.0]]))
 
 
 def test_the_same_seed_draws_the_same_answers_and_another_draws_others(inputs: Path, run: Path):

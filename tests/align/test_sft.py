@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megachat.align.logprobs import token_logps
 from megachat.align.pairs import parts
-from megachat.align.rows import packed, padded
+from megachat.align.rows import padded
 from megachat.align.sft import SFT
 from megachat.data.conversations import Conversation, Message
 from megachat.tokenizer.chat_format import render
 from megachat.tokenizer.tokenizer import Tokenizer
-from megachat.train.losses import IGNORE
 from tests.align import tiny
 
 
@@ -30,17 +28,16 @@ def test_the_labels_are_exactly_what_the_assistant_says_and_its_stop_tokens(inpu
 
 
 def test_a_packed_row_costs_what_its_conversations_cost_one_by_one(inputs: Path, run: Path):
-    task = tiny.stage("sft", inputs, run)
-    model = task.models(tiny.running(task))["model"].eval()
-    tokenizer = Tokenizer.load(inputs / "tokenizer")
-    rendered = [render(chat(*said), tokenizer) for said in (("ab?", "abab"), ("h", "a"), ("de", "ed"))]
-    together = packed([rendered], tokenizer.pad, length=32)
-    alone = [padded([one], tokenizer.pad) for one in rendered]
-    with torch.no_grad():
-        logps = token_logps(model(together.tokens, together.documents), together.labels)[0]
-        expected = [token_logps(model(rows.tokens), rows.labels)[0] for rows in alone]
-    assert_close(logps[: sum(map(len, expected))], torch.cat(expected), atol=1e-5, rtol=1e-5)
-    assert (together.labels != IGNORE).sum() == sum((rows.labels != IGNORE).sum() for rows in alone)
+    task = tiny.stage("sft", inputs, run, "context=32")
+    assert isinstance(task, SFT)
+    state = tiny.running(task)
+    rendered = [render(chat(*said), state.tokenizer) for said in (("ab?", "abab"), ("h", "a"), ("de", "ed"))]
+    together = task._collate([rendered], state)
+    assert len(set(together.documents.flatten().tolist())) == 4  # three, and the padding
+    alone = [task._collate([[one]], state) for one in rendered]
+    assert together.weight == sum(batch.weight for batch in alone)
+    cost = sum(task.loss(state, batch).losses["model"] for batch in alone)
+    assert_close(task.loss(state, together).losses["model"], cost, rtol=1e-5, atol=0)
 
 
 def test_a_conversation_longer_than_the_context_is_left_out_whole(

@@ -1,6 +1,7 @@
-"""A run folder in which alignment can start: a tokenizer, a fine-tuned model and a reward model, all of few weights.
+"""A run folder in which alignment can start: a tokenizer and models of few weights, which know nothing yet.
 
-The task: a question of two letters, `ab?`, and the answer `abab`. It can be learnt in seconds, and judged to the letter.
+The task: a question of two letters, `ab?`, and the answer `abab`. It is learnt in seconds, and judged to the
+letter.
 """
 
 import json
@@ -71,7 +72,7 @@ def make(run: Path) -> Path:
     run.mkdir(parents=True)
     _write(
         run / "conversations.jsonl",
-        [{"messages": _said(q) + [_message("assistant", answer(q))]} for q in questions],
+        [{"messages": [*_said(q), _message("assistant", answer(q))]} for q in questions],
     )
     _write(
         run / "preferences.jsonl",
@@ -128,7 +129,7 @@ class Place:
 
     data: int
     data_rank: int
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
 
 def finish(folder: Path) -> None:

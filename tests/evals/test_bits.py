@@ -38,6 +38,15 @@ def test_tokens_without_bytes_are_neither_text_nor_cost():
     assert with_control.value == pytest.approx(plain.value, rel=1e-6)
 
 
+def test_a_document_is_charged_the_same_whatever_stands_before_it():
+    lengths = np.full(300, 2)
+    lengths[1] = 0  # opens each document, and is not text
+    both = {"tokens": np.array([1, 5, 6, 1, 8, 9]), "documents": np.array([0, 0, 0, 1, 1, 1])}
+    together = bits_per_byte(tiny.model(), [both], lengths, batch=1)
+    apart = bits_per_byte(tiny.model(), [window([1, 5, 6]), window([1, 8, 9])], lengths, batch=2)
+    assert together.value == pytest.approx(apart.value, rel=1e-6)
+
+
 def test_the_batch_does_not_change_the_value():
     generator = np.random.default_rng(0)
     windows = [window(list(generator.integers(0, 300, 20))) for _ in range(5)]

@@ -102,10 +102,11 @@ def test_a_question_too_long_says_how_long_it_may_be():
         talk().prompt("1" * 500)
 
 
-def test_an_answer_that_fills_the_context_is_refused():
-    long = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=63)
-    with pytest.raises(ValueError, match=r"max_new_tokens=63 leaves no room .* context=64; use at most 62"):
-        talk(sampling=long)
+def test_an_answer_takes_at_most_half_of_the_context():
+    long = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=1000)
+    conversation = talk(sampling=long)
+    assert conversation.room == 32
+    assert said(conversation.answer("Hi")) == "a" * 32
 
 
 def test_a_base_model_continues_the_text_and_remembers_nothing():

@@ -1,0 +1,106 @@
+"""Alignment on several ranks: the same losses whatever the layout, and rollouts in every layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.train.loop import train_step
+from tests.align import tiny
+from tests.spawn import on_ranks
+
+
+def curve(name: str, inputs: Path, run: Path, *overrides: str) -> list[float]:
+    """The losses of four steps."""
+    sizes = ["batch=8", "micro_batch=2"]
+    task = tiny.stage(name, inputs, run, *sizes, *overrides)
+    state = tiny.running(task)
+    batches = task.batches(state)
+    losses = []
+    for _ in range(4):
+        sums = train_step(task, state, next(batches), rate=1e-2)
+        state.progress.step += 1
+        losses.append(sums["loss"] / sums["weight"])
+    return losses
+
+
+STAGES = ("sft", "rm", "dpo")
+
+
+@on_ranks(1)
+def one(inputs: Path, folder: Path) -> None:
+    (folder / "one.json").write_text(json.dumps({name: curve(name, inputs, folder) for name in STAGES}))
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the losses of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one(inputs=inputs, folder=folder)
+    return folder
+
+
+def compare(inputs: Path, alone: Path, run: Path, *overrides: str) -> None:
+    expected = json.loads((alone / "one.json").read_text())
+    for name in STAGES:
+        found = curve(name, inputs, run, *overrides)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected[name]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout=300)
+def test_two_data_ranks_pay_what_one_process_pays(inputs: Path, alone: Path, run: Path) -> None:
+    compare(inputs, alone, run, "parallel=zero1", "parallel.precision=fp32")
+    compare(inputs, alone, run, "parallel=zero3", "parallel.precision=fp32")
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout=300)
+def test_two_tensor_ranks_pay_what_one_process_pays(inputs: Path, alone: Path, run: Path) -> None:
+    compare(inputs, alone, run, "parallel=zero1", "parallel.tensor=2", "parallel.precision=fp32")
+
+
+def rollouts(inputs: Path, run: Path, *overrides: str) -> None:
+    """PPO to its end with its validations and samples, after a look at who has sampled what."""
+    settings = [
+        "batch=8",
+        "micro_batch=4",
+        "rollout=16",
+        "epochs=2",
+        "at_once=3",
+        "max_new_tokens=6",
+        "rollouts=2",
+    ]
+    settings += ["validation_prompts=4", "validation_interval=4", "parallel.precision=fp32"]
+    task = tiny.stage("ppo", inputs, run, *settings, *overrides)
+    state = tiny.running(task)
+    torch.manual_seed(state.mesh.data_rank)  # as the loop does before each step
+    (batch, *_) = next(task.batches(state))
+    mine = json.dumps(batch.rows.tokens.tolist())
+    theirs = state.mesh.gather(mine)
+    assert (
+        len(set(theirs)) == state.mesh.data
+    )  # the ranks that share a model by tensor sampled the same answers
+    assert len(set(state.mesh.gather(json.dumps(state.notes)))) == 1  # all log one and the same row
+    task.execute()
+    assert (run / "ppo" / "done.json").is_file()
+    assert [row["step"] for row in tiny.rows(run, "ppo")] == list(range(1, 9))
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout=300)
+def test_data_ranks_sample_their_own_shares(inputs: Path, run: Path) -> None:
+    rollouts(inputs, run, "parallel=zero1")
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout=300)
+def test_ranks_that_hold_a_part_of_each_weight_sample_together(inputs: Path, run: Path) -> None:
+    rollouts(inputs, run, "parallel=zero3")
+
+
+@pytest.mark.slow
+@on_ranks(2, timeout=300)
+def test_tensor_ranks_sample_the_same_answers(inputs: Path, run: Path) -> None:
+    rollouts(inputs, run, "parallel=zero1", "parallel.tensor=2")
