@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.logprobs import answer_logps, token_logps
@@ -53,6 +53,9 @@ class DPO(Task):
     """How hard the policy is held to the reference; the paper uses 0.1 to 0.5."""
     smoothing: Annotated[float, Field(ge=0, lt=0.5)]
     """The share of preference labels believed to be wrong."""
+    imitation: NonNegativeFloat
+    """Weight of -log p per token of `chosen` in the loss; 0 is plain DPO, which may lower both answers as
+    long as the rejected one falls further (RPO; Pang et al., 2024, https://arxiv.org/abs/2404.19733)."""
 
     def reads(self) -> list[str]:
         """The tokenizer and the fine-tuned model."""
@@ -84,8 +87,11 @@ class DPO(Task):
         with run.engines["model"].inference():  # the same precision as the policy's
             reference = of_pair(run.frozen["reference"](batch.rows.tokens), batch.rows)
         more = preference(policy, reference)
+        loss = dpo_loss(policy, reference, self.beta, self.smoothing)
+        if self.imitation:
+            loss = loss - self.imitation * policy.chosen / batch.rows.mask.chunk(2)[0].sum(-1)
         return Losses(
-            {"model": dpo_loss(policy, reference, self.beta, self.smoothing).sum()},
+            {"model": loss.sum()},
             {
                 "accuracy": (more > 0).float().sum(),
                 "margin": self.beta * more.sum(),
@@ -94,7 +100,7 @@ class DPO(Task):
             },
         )
 
-    def validate(self, run: Running) -> dict[str, float]:
+    def measure(self, run: Running) -> dict[str, float]:
         """The loss and the accuracy on held-out preferences."""
         loss = right = pairs = 0.0
         with run.engines["model"].inference() as model:

@@ -6,6 +6,7 @@ KL-regularised objective; in the loss k1 has a gradient of 0 and k3 a wrong one.
 like any other, and the reward model's score is paid on it.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -195,10 +196,11 @@ class PPO(Task):
         while True:
             number = run.progress.step // self.steps
             assert run.progress.step % self.steps == 0, "a rollout cannot be resumed in its middle"
+            begun = time.monotonic()
             rollout = self._sample(run, number)
             rewards = self._rewards(rollout)
             advantages, returns = estimated(rollout, rewards, self.gamma, self.lam, run)
-            run.notes |= rollout.figures(run)
+            run.notes |= rollout.figures(run) | {"rollout/seconds": time.monotonic() - begun}
             everything = rollout.rows, rollout.logps, rollout.values, advantages, returns
             count, share = len(rollout.rows.tokens), self.batch // run.mesh.data
             for epoch in range(self.epochs):
@@ -263,7 +265,7 @@ class PPO(Task):
             {"clip_fraction": held.float().sum(), "moved": (torch.expm1(moved) - moved).sum()},
         )
 
-    def validate(self, run: Running) -> dict[str, float]:
+    def measure(self, run: Running) -> dict[str, float]:
         """The mean score of answers to held-out prompts."""
         asked = own(run.data.held_out[: self.validation_prompts], run.mesh)
         if not asked:

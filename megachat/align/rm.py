@@ -83,7 +83,7 @@ class RM(Task):
             {"accuracy": won(chosen, rejected), "margin": (chosen - rejected).sum()},
         )
 
-    def validate(self, run: Running) -> dict[str, float]:
+    def measure(self, run: Running) -> dict[str, float]:
         """How often the better of two held-out answers is told, and by how much."""
         right = margin = pairs = 0.0
         with run.engines["model"].inference() as model:

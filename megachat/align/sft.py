@@ -108,7 +108,7 @@ class SFT(Task):
         logits = run.engines["model"](batch.inputs, batch.documents)
         return Losses({"model": -token_logps(logits, batch.labels).sum()})
 
-    def validate(self, run: Running) -> dict[str, float]:
+    def measure(self, run: Running) -> dict[str, float]:
         """The loss per token on conversations that are not trained on."""
         nats = tokens = 0.0
         with run.engines["model"].inference() as model:

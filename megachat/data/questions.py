@@ -3,7 +3,8 @@
 "What does math.gcd do?" is answered by the first sentence of its documentation. So every answer is true, can
 be checked to the letter, and stands in the corpus the model was pretrained on. Two things are kept apart:
 - functions: a share of them, `held_out`, is never trained on, not even as somebody else's wrong answer;
-- phrasings: those in `HELD_OUT` are never trained on: what is asked with them was not learnt by heart.
+- phrasings: those in `HELD_OUT` are never trained on: what is asked with them was not learnt by heart;
+  those in `PRACTICE` only in alignment.
 Which functions are held out follows from their names alone, so sets made with other settings agree on it.
 """
 
@@ -37,36 +38,40 @@ SEEN = (
     "Explain {name}.",
     "Explain {name} in one sentence.",
     "Describe {name}.",
-    "Describe {name} briefly.",
     "Tell me what {name} is for.",
-    "Tell me about {name}.",
     "What is the purpose of {name}?",
-    "What is the use of {name}?",
-    "How would you describe {name}?",
     "In Python, what does {name} do?",
-    "In Python, what is {name}?",
     "Can you tell me what {name} does?",
-    "Could you explain {name}?",
-    "Please explain what {name} does.",
     "Please describe {name}.",
-    "I found {name} in some code. What is it?",
     "What does the documentation say about {name}?",
     "Summarise {name}.",
-    "Give me a short description of {name}.",
     "What is `{name}` for?",
     "What does `{name}` do?",
-    "Why would I use {name}?",
     "I do not know {name}. What does it do?",
     "{name}?",
     "{name} 是做什么的？",
     "{name} 有什么用？",
     "请解释一下 {name}。",
     "{name} 是什么？",
-    "请问 {name} 的作用是什么？",
-    "用一句话说明 {name}。",
     "介绍一下 {name}",
 )
 """Ways of asking that fine-tuning uses."""
+
+PRACTICE = (
+    "What is the use of {name}?",
+    "How would you describe {name}?",
+    "In Python, what is {name}?",
+    "Could you explain {name}?",
+    "Please explain what {name} does.",
+    "I found {name} in some code. What is it?",
+    "Give me a short description of {name}.",
+    "Why would I use {name}?",
+    "Describe {name} briefly.",
+    "Tell me about {name}.",
+    "请问 {name} 的作用是什么？",
+    "用一句话说明 {name}。",
+)
+"""Ways of asking that only preferences and prompts use, beside `SEEN`: what alignment adds to fine-tuning."""
 
 HELD_OUT = (
     "Do you know what {name} does?",
@@ -82,10 +87,13 @@ HELD_OUT = (
 """Ways of asking that only evaluation uses."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Variants = Annotated[int, Field(ge=1, le=len(SEEN))]
+Variants = Annotated[int, Field(ge=1, le=len(SEEN) + len(PRACTICE))]
 
-KINDS = ("other", "truncated", "garbled")
-"""What is wrong with a rejected answer: true of something else, cut short, or its words out of order."""
+KINDS = ("other", "truncated", "other", "garbled")
+"""What is wrong with a rejected answer, in turn: true of something else, cut short, its words out of order.
+
+Every second one is of the first kind: the others show in the answer alone, that one only beside the question.
+"""
 
 SMALL_TALK = (
     ("Hello", "Hello! Ask me about the Python standard library."),
@@ -111,7 +119,7 @@ class PythonConversations(Conversations):
     """How many functions, classes and methods to ask about, the held-out ones among them."""
     held_out: Fraction
     """The share of functions never trained on."""
-    variants: Variants
+    variants: Annotated[int, Field(ge=1, le=len(SEEN))]
     """Ways of asking about each function."""
     follow_ups: Fraction
     """The share of conversations that go on with a second question, about another function."""
@@ -148,12 +156,12 @@ class PythonPreferences(Preferences):
     held_out: Fraction
     """The share of functions never trained on: their preferences show what a reward model has learnt."""
     variants: Variants
-    """Preferences per function; 3 give one of each kind."""
+    """Preferences per function; 4 give each kind, and another function's sentence twice."""
     seed: NonNegativeInt
     """Decides how each question is asked and how each answer is spoilt; the data's own, not the stage's."""
 
     def preferences(self, split: Split) -> list[Preference]:
-        """One per function and way of asking; both splits use the `SEEN` phrasings."""
+        """One per function and way of asking; both splits use `SEEN` and `PRACTICE` phrasings."""
         train, held_out = split_entries(self.modules, self.functions, self.held_out)
         # Wrong answers are of the same split: used in training, a held-out sentence would be learnt as bad.
         chosen = train if split == "train" else held_out
@@ -162,7 +170,8 @@ class PythonPreferences(Preferences):
         for entry in chosen:
             dice = random.Random(f"{self.seed} preferences {entry.name}")
             turn = dice.randrange(len(KINDS))
-            for i, phrasing in enumerate(in_order(SEEN, self.seed, "preferences", entry)[: self.variants]):
+            phrasings = in_order(SEEN + PRACTICE, self.seed, "preferences", entry)
+            for i, phrasing in enumerate(phrasings[: self.variants]):
                 kind = KINDS[(turn + i) % len(KINDS)]
                 rejected = spoiler.spoil(entry, kind, dice)
                 made.append(Preference(ask(question(phrasing, entry)), entry.sentence, rejected, kind))
@@ -185,9 +194,10 @@ class PythonPrompts(Prompts):
     """Decides how each question is asked. `seen` asks what the conversations of the same seed ask."""
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """For practice: functions of the split, asked about in `SEEN` phrasings."""
+        """For practice: functions of the split, asked about in `SEEN` and `PRACTICE` phrasings."""
         train, held_out = split_entries(self.modules, self.functions, self.held_out)
-        return self._asked(train if split == "train" else held_out, SEEN, "prompts", self.variants)
+        chosen = train if split == "train" else held_out
+        return self._asked(chosen, SEEN + PRACTICE, "prompts", self.variants)
 
     def seen(self, count: int) -> list[Prompt]:
         """For evaluation: questions that `PythonConversations` of the same settings holds, a function each.

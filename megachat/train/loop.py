@@ -142,7 +142,7 @@ class Task(Stage):
         """What a micro-batch costs, with gradients."""
         raise NotImplementedError
 
-    def validate(self, run: Running) -> dict[str, float]:
+    def measure(self, run: Running) -> dict[str, float]:
         """Figures on data that is not trained on. All ranks call it and get the same."""
         return {}
 
@@ -218,7 +218,7 @@ def fit(task: Task) -> None:
             bar.update()
             last = run.progress.step == run.total
             if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
-                run.notes |= {f"validation/{name}": value for name, value in task.validate(run).items()}
+                run.notes |= {f"validation/{name}": value for name, value in task.measure(run).items()}
                 recorder.sample(run.progress.step, task.show(run))
             if last or run.notes or run.progress.step % task.log.interval == 0:
                 row = meter.report(earlier + time.monotonic() - begun)

@@ -83,7 +83,7 @@ class Pretrain(Task):
         logits = run.engines["model"](batch.inputs, batch.documents)
         return Losses({"model": cross_entropy(logits, batch.labels)})
 
-    def validate(self, run: Running) -> dict[str, float]:
+    def measure(self, run: Running) -> dict[str, float]:
         """Bits per byte of held-out documents; each data rank measures its share of the windows."""
         windows = TokenWindows(Shard(self.input("encode") / "validation"), self.context)
         share_of = len(windows) // run.mesh.data * run.mesh.data  # equally many forwards on every rank, for ZeRO-3

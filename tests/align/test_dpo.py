@@ -8,8 +8,10 @@ import torch
 from torch import full, tensor
 from torch.testing import assert_close
 
-from megachat.align.dpo import dpo_loss, preference
+from megachat.align.dpo import dpo_loss, of_pair, preference
+from megachat.align.logprobs import token_logps
 from megachat.align.pairs import Pair
+from megachat.align.rows import padded
 from megachat.align.start import without_dropout
 from megachat.train.loop import train_step
 from tests.align import tiny
@@ -67,6 +69,25 @@ def test_an_answer_counts_all_its_tokens_with_the_stop_and_none_of_the_prompts(i
         asked = state.tokenizer.decode(tokens[: -len(answer)])
         assert asked.endswith("?")
         assert state.tokenizer.decode(answer) in (tiny.answer(asked), tiny.wrong(asked), asked[:2])
+
+
+def test_the_first_half_of_a_batch_is_the_chosen_one():
+    # Four symbols, all equally likely: an answer of three tokens has -3 log 4, one of a single token -log 4.
+    rows = padded([([1, 2, 3, 0], [0, 1, 1, 1]), ([1, 2], [0, 1])], pad=0)
+    pair = of_pair(torch.zeros(2, 4, 4), rows)
+    assert_close(pair.chosen, tensor([-3 * log(4)]))
+    assert_close(pair.rejected, tensor([-log(4)]))
+
+
+def test_imitation_adds_what_a_token_of_the_chosen_answer_costs(inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run, *tiny.PAIRS, "imitation=2")
+    state = tiny.running(task)
+    (batch,) = next(task.batches(state))
+    result = task.loss(state, batch)
+    with torch.no_grad():
+        logps = token_logps(state.engines["model"](batch.rows.tokens), batch.rows.labels)[:16]
+    tokens = (logps != 0).sum(-1)
+    assert_close(result.losses["model"], 16 * log(2) - 2 * (logps.sum(-1) / tokens).sum())
 
 
 def test_the_first_loss_is_log_2_exactly_and_the_reference_never_moves(inputs: Path, run: Path):

@@ -38,7 +38,7 @@ def test_two_ranks_train_on_what_one_would(inputs: Path, run: Path):
     state = tiny.running(task)
 
     def read(data: int, data_rank: int) -> list[list[int]]:
-        state.mesh = tiny.Place(data, data_rank)  # type: ignore[assignment]
+        state.mesh = tiny.place(data, data_rank)
         batches = next(task.batches(state))
         assert max(batch.samples for batch in batches) <= 3
         rows = [half for batch in batches for half in batch.rows.tokens[: batch.samples]]
@@ -50,7 +50,7 @@ def test_two_ranks_train_on_what_one_would(inputs: Path, run: Path):
 
 @pytest.mark.parametrize("data", [1, 2, 3])
 def test_what_is_measured_is_dealt_evenly_and_once(data: int):
-    shares = [own(list(range(8)), tiny.Place(data, rank)) for rank in range(data)]  # type: ignore[arg-type]
+    shares = [own(list(range(8)), tiny.place(data, rank)) for rank in range(data)]
     dealt = [item for share in shares for item in share]
     assert len({len(share) for share in shares}) == 1
     assert dealt == list(range(8 // data * data))

@@ -82,7 +82,7 @@ def test_a_step_reads_the_same_rows_on_two_ranks_as_on_one(inputs: Path, run: Pa
     state = tiny.running(task)
 
     def read(data: int, data_rank: int) -> list[list[int]]:
-        state.mesh = tiny.Place(data, data_rank)  # type: ignore[assignment]
+        state.mesh = tiny.place(data, data_rank)
         return torch.cat([batch.inputs for batch in next(task.batches(state))]).tolist()
 
     assert read(1, 0) == read(2, 0) + read(2, 1)

@@ -5,7 +5,6 @@ letter.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from megachat.config import compose, decode
 from megachat.model.heads import Scalar
 from megachat.parallel.checkpoint import architecture
 from megachat.parallel.engine import Engine
-from megachat.parallel.mesh import start
+from megachat.parallel.mesh import Mesh, start
 from megachat.run import Stage, sha256, write_json
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.tokenizer.train import train
@@ -123,13 +122,9 @@ def rows(run: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@dataclass
-class Place:
-    """As much of a mesh as choosing one's share of the data takes."""
-
-    data: int
-    data_rank: int
-    device: str = "cpu"
+def place(data: int, data_rank: int) -> Mesh:
+    """A rank among others that are not there: enough to choose one's share of the data."""
+    return Mesh(data_rank, data, 1, torch.device("cpu"), None, None)
 
 
 def finish(folder: Path) -> None:
