@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import difflib
 
         near = difflib.get_close_matches(stage, known, n=1)
-        _fail(f"megachat has no stage {stage!r}; " + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"))
+        _fail(
+            f"megachat has no stage {stage!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}")
+        )
     from megachat.config import ConfigError
 
     try:
@@ -52,7 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(mistakes))
 
 
-ORDER = ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate", "report", "pipeline", "chat")
+ORDER = (
+    "clean",
+    "tokenizer",
+    "encode",
+    "pretrain",
+    "sft",
+    "rm",
+    "ppo",
+    "dpo",
+    "evaluate",
+    "report",
+    "pipeline",
+    "chat",
+)
 """How the stages are listed: as data flows."""
 
 
@@ -64,7 +80,10 @@ def _stages() -> dict[str, str]:
     for path in conf.glob("*.yaml"):
         with path.open(encoding="utf-8") as file:
             described[path.stem] = file.readline().removeprefix("#").strip()
-    return {name: described[name] for name in sorted(described, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))}
+    return {
+        name: described[name]
+        for name in sorted(described, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))
+    }
 
 
 def _run(stage: str, overrides: Sequence[str]) -> None:

@@ -160,7 +160,9 @@ class Recorder:
             (f"{self.stage.run.name}-{self.stage.name}", "model", path / "manifest.json"),
             (f"{self.stage.run.name}-tokenizer", "tokenizer", self.stage.folder / "tokenizer.model"),
         ):
-            artifact = wandb.Artifact(_artifact_name(name), type=kind, metadata={"path": str(target.absolute())})
+            artifact = wandb.Artifact(
+                _artifact_name(name), type=kind, metadata={"path": str(target.absolute())}
+            )
             # checksum=False: W&B would read every byte; our own manifest holds the sums.
             artifact.add_reference(target.absolute().as_uri(), checksum=False)
             self.wandb.log_artifact(artifact)
@@ -193,7 +195,9 @@ def logged_in() -> bool:
 
 
 def _artifact_name(name: str) -> str:
-    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in name)
+    return "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in name
+    )
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -204,4 +208,6 @@ def _complete_lines(path: Path) -> list[str]:
     """A killed process may leave half a line at the end."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]

@@ -3,6 +3,7 @@
 A process of its own, because DeepSpeed keeps tensor-parallel state in globals that the next stage would trip over.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -36,16 +37,40 @@ class Pipeline(Stage):
         for number, (stage, command) in enumerate(commands.items(), 1):
             say(f"[{number}/{len(commands)}] {stage}")
             environment = os.environ | {"WANDB_RUN_GROUP": self.run.name}
-            code = subprocess.run([sys.executable, "-m", "megachat", *command], env=environment, check=False).returncode
+            code = subprocess.run(
+                [sys.executable, "-m", "megachat", *command], env=environment, check=False
+            ).returncode
             if code:
-                say(f"pipeline: {stage} failed; `megachat {' '.join(command)}` repeats it, the same pipeline goes on from there")
+                say(
+                    f"pipeline: {stage} failed; `megachat {' '.join(command)}` repeats it, the same pipeline goes on from there"
+                )
                 sys.exit(code)
             if stage not in ("report",) and not finished(self.run / stage):
                 say(f"pipeline: {stage} was stopped before its end; the same command goes on from there")
                 sys.exit(0)
-        say(f"pipeline: {time.monotonic() - began:.0f} s; the report is {self.run / 'report.html'}")
+        say(f"pipeline: {time.monotonic() - began:.0f} s")
+        self._end()
+
+    def _end(self) -> None:
+        """A sample dialogue of the newest chat model, and where to look."""
+        samples = self.run / "evaluate" / "samples.json"
+        if samples.is_file():
+            *_, last = json.loads(samples.read_text(encoding="utf-8"))
+            say(f"\nA sample of `{last['stage']}`:")
+            for turn in last["turns"]:
+                say(f"  {turn['role']:>9}  {turn['text']}")
+        if (report := self.run / "report.html").is_file():
+            say(f"\nThe report:  {report}\nTo talk:     megachat chat run={self.run}")
 
     def _overrides(self, stage: str) -> list[str]:
         shared = [f"experiment={self.recipe}"] if self.recipe else []
-        places = [f"run={self.run}", f"inputs={self.inputs}"] if self.inputs != self.run else [f"run={self.run}"]
-        return [*shared, *places, f"seed={self.seed}", f"log.wandb={self.log.wandb}", *self.overrides.get(stage, [])]
+        places = (
+            [f"run={self.run}", f"inputs={self.inputs}"] if self.inputs != self.run else [f"run={self.run}"]
+        )
+        return [
+            *shared,
+            *places,
+            f"seed={self.seed}",
+            f"log.wandb={self.log.wandb}",
+            *self.overrides.get(stage, []),
+        ]

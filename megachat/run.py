@@ -119,7 +119,9 @@ def begin(stage: Stage) -> bool:
         say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}")
     stage.folder.mkdir(parents=True, exist_ok=True)
     with replacing(stage.folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(redact(stage.tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.write_text(
+            yaml.safe_dump(redact(stage.tree), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
     return True
 
 
@@ -130,7 +132,9 @@ SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|passwd|access_token|aut
 def redact(node: Any) -> Any:
     """A config without its secrets."""
     if isinstance(node, dict):
-        return {key: "(redacted)" if SECRET.search(str(key)) else redact(value) for key, value in node.items()}
+        return {
+            key: "(redacted)" if SECRET.search(str(key)) else redact(value) for key, value in node.items()
+        }
     return [redact(item) for item in node] if isinstance(node, list) else node
 
 
@@ -141,7 +145,9 @@ def external(node: Any) -> list[str]:
         for key, value in node.items():
             if key in ("path", "paths"):
                 for name in value if isinstance(value, list) else [value]:
-                    for path in sorted(Path().glob(str(name))) if not os.path.isabs(str(name)) else [Path(name)]:
+                    for path in (
+                        sorted(Path().glob(str(name))) if not os.path.isabs(str(name)) else [Path(name)]
+                    ):
                         if path.is_file():
                             found.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
             else:

@@ -25,7 +25,11 @@ FUNCTIONS = {"conversations": ["sft"], "preferences": ["rm", "dpo"], "prompts": 
 
 
 def megachat(stage: str, run: Path, device: str, *overrides: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+    }
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     else:
@@ -42,12 +46,28 @@ def losses(run: Path, stage: str) -> list[float]:
 def chain(run: Path, device: str) -> None:
     """Pretraining, SFT, RM, DPO and PPO of a tiny model: 20 optimizer steps each, then greedy generation."""
     precision = "parallel.precision=bf16" if device == "cuda" else "parallel.precision=fp32"
-    tiny = [text for text in TINY if not text.startswith(("parallel.precision", "tokens", "context", "model.context"))]
-    megachat("pretrain", run, device, "model=gpt_3m", *tiny, "tokens=20480", "context=128", "model.context=128", precision)
+    tiny = [
+        text
+        for text in TINY
+        if not text.startswith(("parallel.precision", "tokens", "context", "model.context"))
+    ]
+    megachat(
+        "pretrain",
+        run,
+        device,
+        "model=gpt_3m",
+        *tiny,
+        "tokens=20480",
+        "context=128",
+        "model.context=128",
+        precision,
+    )
     for stage, settings in ALIGN.items():
         data = [f"{group}.functions=40" for group, stages in FUNCTIONS.items() if stage in stages]
         size = [] if stage == "ppo" else ["max_steps=20"]
-        megachat(stage, run, device, "log.interval=1", precision, "validation_interval=0", *data, *settings, *size)
+        megachat(
+            stage, run, device, "log.interval=1", precision, "validation_interval=0", *data, *settings, *size
+        )
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +104,23 @@ def test_a_chat_model_answers_on_the_gpu(both: tuple[Path, Path]) -> None:
     assert all(1 <= len(answer) <= 8 for answer in answers)
 
 
-def test_a_run_saved_on_the_gpu_goes_on_there_from_its_checkpoint(both: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_saved_on_the_gpu_goes_on_there_from_its_checkpoint(
+    both: tuple[Path, Path], tmp_path: Path
+) -> None:
     run, source = tmp_path / "resumed", both[0]
-    tiny = [text for text in TINY if not text.startswith(("parallel.precision", "tokens", "context", "model.context"))]
-    common = ["model=gpt_3m", *tiny, "context=128", "model.context=128", "parallel.precision=bf16", f"inputs={source}"]
+    tiny = [
+        text
+        for text in TINY
+        if not text.startswith(("parallel.precision", "tokens", "context", "model.context"))
+    ]
+    common = [
+        "model=gpt_3m",
+        *tiny,
+        "context=128",
+        "model.context=128",
+        "parallel.precision=bf16",
+        f"inputs={source}",
+    ]
     megachat("pretrain", run, "cuda", *common, "tokens=10240", "schedule=constant")
     (run / "pretrain" / "done.json").unlink()
     megachat("pretrain", run, "cuda", *common, "tokens=20480", "schedule=constant", "resume=any")

@@ -16,22 +16,44 @@ def megachat(*arguments: str, cwd: Path, code: int = 0) -> str:
     """Runs the command; returns what it printed on both streams."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "megachat", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
 
-def test_help_lists_every_stage_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_help_lists_every_stage_and_imports_nothing_heavy(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    for stage in ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate", "report", "pipeline"):
+    for stage in (
+        "clean",
+        "tokenizer",
+        "encode",
+        "pretrain",
+        "sft",
+        "rm",
+        "ppo",
+        "dpo",
+        "evaluate",
+        "report",
+        "pipeline",
+    ):
         assert f"\n  {stage} " in printed
     begun = time.monotonic()
     listed = megachat("--help", cwd=tmp_path)
     assert "pretrain" in listed
     code = "import sys, megachat.__main__ as m; m.main(['--help']); print([n for n in ('torch', 'hydra') if n in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert out.stdout.endswith("[]\n")
     assert time.monotonic() - begun < 30
 
@@ -45,7 +67,9 @@ def test_a_stages_help_shows_each_setting_with_its_documentation(capsys: pytest.
 
 
 def test_every_mistake_is_printed_at_once_and_the_exit_code_is_2(tmp_path: Path) -> None:
-    printed = megachat("pretrain", "model.headz=3", "optimizer.lr=abc", "parallel.tensor=3", cwd=tmp_path, code=2)
+    printed = megachat(
+        "pretrain", "model.headz=3", "optimizer.lr=abc", "parallel.tensor=3", cwd=tmp_path, code=2
+    )
     assert printed.splitlines() == [
         "3 mistakes in the config",
         "  model.headz: GPTConfig has no such setting; did you mean 'heads'?",
@@ -63,7 +87,10 @@ def test_an_unknown_stage_is_answered_with_the_nearest(capsys: pytest.CaptureFix
 
 def test_a_missing_input_names_the_command_that_makes_it(tmp_path: Path) -> None:
     printed = megachat("tokenizer", "run=runs/none", "log.wandb=disabled", cwd=tmp_path, code=1)
-    assert "reads the output of `clean`, which has not finished in runs/none; run `megachat clean run=runs/none`" in printed
+    assert (
+        "reads the output of `clean`, which has not finished in runs/none; run `megachat clean run=runs/none`"
+        in printed
+    )
     assert not (tmp_path / "runs" / "none" / "tokenizer").exists()
 
 

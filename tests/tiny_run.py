@@ -28,7 +28,12 @@ def make(run: Path, *stages: str) -> Path:
             file.write(json.dumps({"text": text}) + "\n")
     common = [f"run={run}", "log.wandb=disabled"]
     settings = {
-        "clean": ["corpus=[json_lines]", f"corpus.json_lines.paths=[{source}]", "filters=none", "dedup=exact"],
+        "clean": [
+            "corpus=[json_lines]",
+            f"corpus.json_lines.paths=[{source}]",
+            "filters=none",
+            "dedup=exact",
+        ],
         "tokenizer": ["vocab=300", "threads=1"],
         "encode": ["validation=0.1", "processes=1"],
     }

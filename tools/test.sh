@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then lint, types, tests; the total comes last.
-#   bash tools/test.sh                     what runs anywhere in a few minutes
-#   bash tools/test.sh --all               also the slow ones and those that need Slurm, a browser, or a GPU
+#   bash tools/test.sh                     what runs anywhere
+#   bash tools/test.sh --all               also what needs Slurm, a browser, or injected faults
 #   bash tools/test.sh tests/align -k dpo  other arguments go to pytest
 # A part that fails does not hide the next one; the exit status says whether everything passed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh dev
 
-marks=(-m "not slow and not slurm and not faults and not browser and not vllm and not gpu and not multigpu")
+marks=(-m "not slurm and not faults and not browser and not vllm and not gpu and not multigpu")
 arguments=()
 for argument in "$@"; do
-    if [[ $argument == --all ]]; then marks=(); else arguments+=("$argument"); fi
+    if [[ $argument == --all ]]; then marks=(-m "not vllm"); else arguments+=("$argument"); fi
 done
 color=$([[ -t 1 ]] && echo yes || echo no)
 log=.venv/pytest.log

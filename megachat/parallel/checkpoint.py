@@ -5,7 +5,6 @@ It appears whole or not at all: every rank writes and fsyncs its files in `step-
 sha256 sums, the folder is renamed, and only then does `latest` name it. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -58,7 +57,12 @@ def build(description: Mapping[str, Any]) -> nn.Module:
 
 
 def save(
-    folder: Path, engines: Mapping[str, Engine], progress: Mapping[str, Any], about: Mapping[str, Any], mesh: Mesh, keep: int
+    folder: Path,
+    engines: Mapping[str, Engine],
+    progress: Mapping[str, Any],
+    about: Mapping[str, Any],
+    mesh: Mesh,
+    keep: int,
 ) -> bool:
     """Writes `folder/step-N` with all engines' weights and moments; every rank calls it. Returns whether it worked.
 
@@ -96,7 +100,9 @@ def save(
     if mesh.rank == 0:
         if failed:
             shutil.rmtree(temporary, ignore_errors=True)
-            say(f"ALARM: the checkpoint of step {progress['step']} could not be written: {failures[0]}; free some space in {folder}")
+            say(
+                f"ALARM: the checkpoint of step {progress['step']} could not be written: {failures[0]}; free some space in {folder}"
+            )
         else:
             for old in steps(folder)[:-keep]:
                 shutil.rmtree(old)
@@ -162,7 +168,9 @@ class Checkpoint:
             for name, facts in manifest["files"].items():
                 size = (path / name).stat().st_size
                 if size != facts["bytes"]:
-                    raise ValueError(f"{path / name} has {size:,} bytes, its manifest says {facts['bytes']:,}")
+                    raise ValueError(
+                        f"{path / name} has {size:,} bytes, its manifest says {facts['bytes']:,}"
+                    )
         except (OSError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a complete checkpoint: {error}") from None
         return Checkpoint(path, manifest)
@@ -175,11 +183,15 @@ class Checkpoint:
 
     def reader(self, role: str) -> Callable[[str], Tensor]:
         """A function from a tensor's name (`weight.embed.weight`) to the tensor."""
-        where = {tensor: name for name, facts in self.manifest["files"].items() for tensor in facts["tensors"]}
+        where = {
+            tensor: name for name, facts in self.manifest["files"].items() for tensor in facts["tensors"]
+        }
 
         def read(name: str) -> Tensor:
             if f"{role}/{name}" not in where:
-                raise ValueError(f"{self.path} holds no tensor {role}/{name}: it was written by another architecture")
+                raise ValueError(
+                    f"{self.path} holds no tensor {role}/{name}: it was written by another architecture"
+                )
             with safe_open(self.path / where[f"{role}/{name}"], "pt") as file:
                 return file.get_tensor(f"{role}/{name}")
 
@@ -210,7 +222,9 @@ def newest(folder: Path, mesh: Mesh) -> Checkpoint | None:
             return checkpoint
         say(f"passing over a damaged checkpoint: {problems[0]}")
     if candidates:
-        raise ValueError(f"all {len(candidates)} checkpoints in {folder} are damaged; delete that folder to start over")
+        raise ValueError(
+            f"all {len(candidates)} checkpoints in {folder} are damaged; delete that folder to start over"
+        )
     return None
 
 
@@ -236,7 +250,9 @@ def load_weights(
 ) -> nn.Module:
     """A model of the checkpoint with its weights."""
     if role not in checkpoint.manifest["architecture"]:
-        raise ValueError(f"{checkpoint.path} has no {role!r}; it has {sorted(checkpoint.manifest['architecture'])}")
+        raise ValueError(
+            f"{checkpoint.path} has no {role!r}; it has {sorted(checkpoint.manifest['architecture'])}"
+        )
     model = build(checkpoint.manifest["architecture"][role])
     read = checkpoint.reader(role)
     with torch.no_grad():
@@ -253,4 +269,8 @@ def load_model(
     checkpoint.verify()
     tokenizer = Tokenizer.load(stage)
     checkpoint.check_tokenizer(tokenizer)
-    return Loaded(load_weights(checkpoint, role, device, dtype).eval(), tokenizer, checkpoint.manifest["progress"]["step"])
+    return Loaded(
+        load_weights(checkpoint, role, device, dtype).eval(),
+        tokenizer,
+        checkpoint.manifest["progress"]["step"],
+    )

@@ -66,7 +66,9 @@ class Parallel(Config):
     def _divides_the_job(cls, tensor: int) -> int:
         world = expected_world()
         if world % tensor:
-            raise ValueError(f"it does not divide the {world} processes of this job; use one of {divisors(world)}")
+            raise ValueError(
+                f"it does not divide the {world} processes of this job; use one of {divisors(world)}"
+            )
         return tensor
 
     @property
@@ -231,14 +233,20 @@ class Engine:
             axis = split_axis(self.shapes[name], self._local_shape(parameter))
             for kind in ("weight", *self.moments):
                 full = read(f"{kind}.{name}").to(self.mesh.device, torch.float32)
-                self._write(parameter, None if kind == "weight" else kind, own_part(full, axis, self.mesh).contiguous())
+                self._write(
+                    parameter,
+                    None if kind == "weight" else kind,
+                    own_part(full, axis, self.mesh).contiguous(),
+                )
         for state in self._basic_optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.tensor(float(steps)) if torch.is_tensor(state["step"]) else steps
         self.steps = steps
 
     def _local_shape(self, parameter: Tensor) -> torch.Size:
-        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 empties the parameter itself
+        return torch.Size(
+            getattr(parameter, "ds_shape", parameter.shape)
+        )  # ZeRO 3 empties the parameter itself
 
     def _read(self, parameter: Tensor, moment: str | None) -> Tensor:
         if self.parallel.zero == 0:
@@ -293,4 +301,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-

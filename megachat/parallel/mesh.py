@@ -76,7 +76,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    previous = {
+        number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     try:
         while True:
             codes = [rank.poll() for rank in ranks]
@@ -183,7 +185,9 @@ def start(tensor: int) -> Mesh:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    assert world % tensor == 0, f"tensor={tensor} does not divide {world} processes"  # the config door has checked
+    assert world % tensor == 0, (
+        f"tensor={tensor} does not divide {world} processes"
+    )  # the config door has checked
     if torch.cuda.is_available():
         # Slurm may show each task its own GPU only, as device 0.
         device = torch.device("cuda", local % torch.cuda.device_count())

@@ -163,7 +163,9 @@ def fit(task: Task) -> None:
     """Runs a training stage from its newest checkpoint, or from the start, to the end."""
     mesh = start(task.parallel.tensor)
     if task.batch % mesh.data:
-        raise ValueError(f"batch={task.batch} cannot be shared by {mesh.data} data-parallel ranks; use a multiple")
+        raise ValueError(
+            f"batch={task.batch} cannot be shared by {mesh.data} data-parallel ranks; use a multiple"
+        )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopFlag())
         # One rank decides whether there is anything to do, before any rank writes.
@@ -185,7 +187,12 @@ def fit(task: Task) -> None:
         flops = flops_per_token(trunk.config, trunk.vocab, task.context)
         run.engines = {
             role: Engine(
-                model.to(mesh.device), task.optimizer.build, task.optimizer.groups(model), task.parallel, task.clip, mesh
+                model.to(mesh.device),
+                task.optimizer.build,
+                task.optimizer.groups(model),
+                task.parallel,
+                task.clip,
+                mesh,
             )
             for role, model in models.items()
         }
@@ -204,7 +211,9 @@ def fit(task: Task) -> None:
         def save() -> bool:
             run.progress.seconds = earlier + time.monotonic() - begun
             folder = task.folder / "checkpoints"
-            return checkpoint.save(folder, run.engines, asdict(run.progress), about, mesh, task.checkpoint_keep)
+            return checkpoint.save(
+                folder, run.engines, asdict(run.progress), about, mesh, task.checkpoint_keep
+            )
 
         at_step = -1 if saved is None else run.progress.step  # the step of the newest checkpoint
         steps = task.batches(run)
@@ -225,15 +234,22 @@ def fit(task: Task) -> None:
                 recorder.row(row)
                 bar.set_postfix_str(_short(row), refresh=False)
             if task.may_stop(run):
-                due = task.checkpoint_interval and run.progress.step - max(at_step, 0) >= task.checkpoint_interval
+                due = (
+                    task.checkpoint_interval
+                    and run.progress.step - max(at_step, 0) >= task.checkpoint_interval
+                )
                 stopping = mesh.any(stop.requested)
                 if (due and not last) or stopping:
                     at_step = run.progress.step if save() else at_step
                 if stopping and not last:
-                    say(f"{task.name}: asked to stop; saved at step {at_step}, the same command goes on from there")
+                    say(
+                        f"{task.name}: asked to stop; saved at step {at_step}, the same command goes on from there"
+                    )
                     return
         if at_step != run.progress.step and not save():
-            raise ValueError(f"the final checkpoint of {task.name} could not be written; free some disk space and run again")
+            raise ValueError(
+                f"the final checkpoint of {task.name} could not be written; free some disk space and run again"
+            )
         mesh.barrier()
         if mesh.rank == 0:
             recorder.checkpoint(checkpoint.latest(task.folder).path)
@@ -255,7 +271,9 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         for name, value in result.metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
     out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
-    assert all(abs(value) < float("inf") for value in out.values()), f"not finite at step {run.progress.step}: {out}"
+    assert all(abs(value) < float("inf") for value in out.values()), (
+        f"not finite at step {run.progress.step}: {out}"
+    )
     for role in result.losses:
         norm = run.engines[role].step(rate)
         out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight
@@ -303,8 +321,14 @@ class _Meter:
 
 def _short(row: dict[str, float | int | None]) -> str:
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.0%}"
-    extra = [f"{name.rpartition('/')[2]} {row[name]:.3f}" for name in row if name.startswith(("validation/", "reward/mean"))]
-    return ", ".join([f"loss {row['loss']:.3f}", *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"])
+    extra = [
+        f"{name.rpartition('/')[2]} {row[name]:.3f}"
+        for name in row
+        if name.startswith(("validation/", "reward/mean"))
+    ]
+    return ", ".join(
+        [f"loss {row['loss']:.3f}", *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"]
+    )
 
 
 def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> None:
@@ -333,7 +357,9 @@ class _StopFlag:
         self.requested = False
 
     def __enter__(self) -> "_StopFlag":
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {
+            number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
         return self
 
     def _request(self, *_: Any) -> None:

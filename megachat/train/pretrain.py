@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -48,9 +47,13 @@ class Pretrain(Task):
     @model_validator(mode="after")
     def _consistent(self) -> "Pretrain":
         if (self.tokens is None) == (self.epochs is None):
-            raise ValueError(f"give a budget either as tokens ({self.tokens}) or as epochs ({self.epochs}), the other null")
+            raise ValueError(
+                f"give a budget either as tokens ({self.tokens}) or as epochs ({self.epochs}), the other null"
+            )
         if self.context > self.model.context:
-            raise ValueError(f"context ({self.context}) is longer than the model's (model.context={self.model.context})")
+            raise ValueError(
+                f"context ({self.context}) is longer than the model's (model.context={self.model.context})"
+            )
         check_fits(self.model, self.parallel.tensor)
         return self
 
@@ -66,7 +69,9 @@ class Pretrain(Task):
         """Opens the shard; the budget in whole steps."""
         source = TokenWindows(Shard(self.input("encode") / "train"), self.context)
         run.data = order(source, self.seed)
-        tokens = self.tokens if self.tokens is not None else int((self.epochs or 0.0) * len(source) * self.context)
+        tokens = (
+            self.tokens if self.tokens is not None else int((self.epochs or 0.0) * len(source) * self.context)
+        )
         return max(1, tokens // (self.batch * self.context))
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
@@ -86,13 +91,19 @@ class Pretrain(Task):
     def measure(self, run: Running) -> dict[str, float]:
         """Bits per byte of held-out documents; each data rank measures its share of the windows."""
         windows = TokenWindows(Shard(self.input("encode") / "validation"), self.context)
-        share_of = len(windows) // run.mesh.data * run.mesh.data  # equally many forwards on every rank, for ZeRO-3
-        chosen = spread(share_of, self.validation_windows // run.mesh.data * run.mesh.data)[run.mesh.data_rank :: run.mesh.data]
+        share_of = (
+            len(windows) // run.mesh.data * run.mesh.data
+        )  # equally many forwards on every rank, for ZeRO-3
+        chosen = spread(share_of, self.validation_windows // run.mesh.data * run.mesh.data)[
+            run.mesh.data_rank :: run.mesh.data
+        ]
         lengths = torch.as_tensor(run.tokenizer.token_bytes, device=run.mesh.device)
         sums = torch.zeros(2, dtype=torch.float64, device=run.mesh.device)  # bits, bytes
         with run.engines["model"].inference() as model:
             for first in range(0, len(chosen), self.micro_batch):
-                batch = _collate([windows[i] for i in chosen[first : first + self.micro_batch]], run.mesh.device)
+                batch = _collate(
+                    [windows[i] for i in chosen[first : first + self.micro_batch]], run.mesh.device
+                )
                 labels = batch.labels.clamp(min=0)
                 weights = torch.where(batch.labels >= 0, lengths[labels], 0)
                 bits = token_bits(model(batch.inputs, batch.documents), labels)
@@ -105,7 +116,9 @@ class Pretrain(Task):
         sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=min(40, self.context // 2))
         tokens = [run.tokenizer.bos, *run.tokenizer.encode(self.prompt)]
         with run.engines["model"].inference() as model:
-            (new,) = generate(model, [tokens], sampling, {run.tokenizer.eos}, pad=run.tokenizer.pad, synced=run.synced)
+            (new,) = generate(
+                model, [tokens], sampling, {run.tokenizer.eos}, pad=run.tokenizer.pad, synced=run.synced
+            )
         return self.prompt + run.tokenizer.decode(new)
 
 

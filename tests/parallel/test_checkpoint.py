@@ -59,7 +59,9 @@ def wait_for_rows(run: Path, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(straight: Path, tmp_path: Path) -> None:
+def test_a_killed_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
+    straight: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "killed"
     for kill_at in (3, 8):
         wait = start(run, "checkpoint_interval=2", inputs=straight)
@@ -89,7 +91,14 @@ def test_a_signal_saves_and_exits_cleanly(straight: Path, tmp_path: Path, number
 @pytest.mark.slow
 def test_a_run_saved_on_two_tensor_ranks_goes_on_alone_at_zero_3(straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "moved"
-    wait = start(run, "checkpoint_interval=2", "parallel=zero1_tp2", "parallel.precision=fp32", ranks=2, inputs=straight)
+    wait = start(
+        run,
+        "checkpoint_interval=2",
+        "parallel=zero1_tp2",
+        "parallel.precision=fp32",
+        ranks=2,
+        inputs=straight,
+    )
     wait_for_rows(run, 4)
     wait.process.send_signal(signal.SIGTERM)
     wait.process.communicate(timeout=120)
@@ -160,7 +169,9 @@ def test_a_loaded_model_has_the_weights_that_were_trained(straight: Path) -> Non
 
 
 @on_ranks(1)
-def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_half_written(straight: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_half_written(
+    straight: Path, tmp_path: Path
+) -> None:
     from megachat.parallel.engine import Engine
     from megachat.parallel.mesh import start as join
 
@@ -170,7 +181,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_half_written(st
     about = {"architecture": {"model": checkpoint.architecture(model)}, "tokenizer": "", "fingerprint": ""}
     folder = tmp_path / "checkpoints"
     assert checkpoint.save(folder, {"model": engine}, {"step": 1}, about, mesh, keep=2)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit then fails as it does on a full disk
+    signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # writing past the limit then fails as it does on a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     assert not checkpoint.save(folder, {"model": engine}, {"step": 2}, about, mesh, keep=2)

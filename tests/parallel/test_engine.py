@@ -46,7 +46,9 @@ def compare(run: Path, *layouts: str) -> None:
     expected = torch.tensor(json.loads((run / "reference.json").read_text()))
     for overrides in layouts:
         found = torch.tensor(curve(run, *overrides.split()))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0, msg=lambda text: f"{overrides}: {text}")
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=0, msg=lambda text: f"{overrides}: {text}"
+        )
 
 
 @on_ranks(1)
@@ -69,7 +71,9 @@ def layouts(zeros: str, tensor: int) -> list[str]:
 @pytest.mark.slow
 @on_ranks(1)
 def test_zero_1_2_3_and_checkpointing_on_one_process_equal_plain_training(measured: Path) -> None:
-    compare(measured, *layouts("123", 1), "parallel=zero0 parallel.precision=fp32 parallel.checkpointing=true")
+    compare(
+        measured, *layouts("123", 1), "parallel=zero0 parallel.precision=fp32 parallel.checkpointing=true"
+    )
 
 
 @pytest.mark.slow
@@ -90,9 +94,13 @@ def test_two_by_two_at_zero_1_2_3_equals_one_process(measured: Path) -> None:
     compare(measured, *layouts("123", 2))
 
 
-def test_heads_that_do_not_divide_name_the_degrees_that_would(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_that_do_not_divide_name_the_degrees_that_would(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match=r"parallel.tensor=4 does not divide model.kv_heads=2; use one of \[1, 2\]"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.tensor=4 does not divide model.kv_heads=2; use one of \[1, 2\]"
+    ):
         pretrain(tiny, "parallel.tensor=4")
 
 

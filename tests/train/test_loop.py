@@ -63,7 +63,9 @@ def test_accumulation_and_data_ranks_do_not_change_the_losses(tiny: Path, tmp_pa
     for name, size in (("one-by-one", 1), ("three", 3), ("all-at-once", 8)):
         run = tmp_path / name
         trained(run=run, overrides=[f"inputs={tiny}", f"micro_batch={size}"])
-        assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(tiny)], rel=1e-5)
+        assert [row["loss"] for row in rows(run)] == pytest.approx(
+            [row["loss"] for row in rows(tiny)], rel=1e-5
+        )
 
 
 @on_ranks(2)
