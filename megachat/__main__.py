@@ -93,7 +93,7 @@ def _run(stage: str, overrides: Sequence[str]) -> None:
 
 
 def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
-    """Decodes the whole config before anything runs, then runs it here, or in one process for each visible GPU."""
+    """Decodes the whole config before anything runs, then runs it here, or in one process per visible GPU."""
     from megachat.run import Stage, perform
 
     stage = Stage.of(tree)

@@ -89,11 +89,15 @@ UNITS = {"loss": "loss_nats", "seconds": "elapsed_seconds"}
 
 
 class Recorder:
-    """A stage's figures: `metrics.jsonl` and `samples.jsonl` in its folder, and a W&B run. Rank 0 writes, others do nothing."""
+    """A stage's figures: `metrics.jsonl` and `samples.jsonl` in its folder, and a W&B run.
+
+    Rank 0 writes, others do nothing.
+    """
 
     def __init__(self, stage: "Stage", step: int = 0) -> None:
-        """`step` is where the run goes on: rows of later steps, left by an attempt that was cut off, are dropped."""
-        self.stage, self.wandb = stage, None
+        """`step` is where the run goes on: later rows, left by an attempt that was cut off, are dropped."""
+        self.stage = stage
+        self.wandb: Any = None
         if not is_main():
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -123,7 +127,7 @@ class Recorder:
             dir=stage.run,
             id=json.loads(identity.read_text())["id"],
             resume="allow",
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             config=redact(stage.tree),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -151,7 +155,7 @@ class Recorder:
         self.samples.append([step, text])
 
     def checkpoint(self, path: Path) -> None:
-        """Records the stage's final checkpoint and its tokenizer as artifacts, by reference: nothing is uploaded."""
+        """Records the final checkpoint and its tokenizer as artifacts, by reference: nothing is uploaded."""
         if self.wandb is None:
             return
         import wandb
@@ -185,11 +189,11 @@ class Recorder:
 
 
 def logged_in() -> bool:
-    """Whether W&B has a key: in the environment, or in netrc."""
+    """Whether W&B has a key: in the environment, or in netrc ($NETRC names another file)."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -1,6 +1,7 @@
 """STAGE pipeline: every stage in order, each in a process of its own, skipping what has finished.
 
-A process of its own, because DeepSpeed keeps tensor-parallel state in globals that the next stage would trip over.
+A process of its own, because DeepSpeed keeps tensor-parallel state in globals that the next stage would trip
+over.
 """
 
 import json
@@ -26,7 +27,7 @@ class Pipeline(Stage):
     overrides: dict[str, list[str]]
     """Overrides for single stages, such as {pretrain: [optimizer.lr=1e-3]}."""
     recipe: str | None
-    """The experiment whose settings every stage takes; `experiment=quickstart` on the command line sets it."""
+    """The experiment whose settings all stages take; `experiment=quickstart` on the command line sets it."""
 
     def execute(self) -> None:
         """Runs the stages; every config is checked before the first one starts."""
@@ -42,7 +43,8 @@ class Pipeline(Stage):
             ).returncode
             if code:
                 say(
-                    f"pipeline: {stage} failed; `megachat {' '.join(command)}` repeats it, the same pipeline goes on from there"
+                    f"pipeline: {stage} failed; `megachat {' '.join(command)}` repeats it, "
+                    "the same pipeline goes on from there"
                 )
                 sys.exit(code)
             if stage not in ("report",) and not finished(self.run / stage):

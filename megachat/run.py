@@ -1,7 +1,7 @@
 """A run is a folder: `runs/<name>/<stage>/` holds what a stage wrote, and nothing else holds state.
 
-A stage that has finished leaves `done.json` with its fingerprint: a hash of its settings and of the stages it read.
-A stage whose fingerprint has not changed need not run again.
+A stage that has finished leaves `done.json` with its fingerprint: a hash of its settings and of the stages it
+read. A stage whose fingerprint has not changed need not run again.
 """
 
 import hashlib
@@ -83,7 +83,10 @@ class Stage(Config):
         return folder
 
     def fingerprint(self) -> str:
-        """Sha256 of the settings that matter and of what the stage reads: earlier stages, and files called `path(s)`."""
+        """Sha256 of the settings that matter and of what the stage reads.
+
+        That is earlier stages, and files called `path(s)`.
+        """
         apart = {"run", "inputs", "log", *self.neutral}
         settings = {key: value for key, value in self.tree.items() if key not in apart}
         inputs = {name: finished(self.inputs / name).get("outputs") for name in self.reads()}

@@ -1,12 +1,13 @@
 # What differs from cluster to cluster: the one file to edit for yours. Sourced by every script in this folder.
 
-# The environment that `bash tools/setup.sh` made, on a file system that all nodes see.
-source .venv/bin/activate
+# The environment that `bash tools/setup.sh` made, on a file system that all nodes see; the one that was active at
+# sbatch, if there was one: sbatch hands it on.
+[[ ${VIRTUAL_ENV:-} ]] || source .venv/bin/activate
 # module load cuda/13.0                 # where CUDA does not come with the driver and torch
 
 # Caches into node-local space: a thousand ranks compiling kernels into one home directory bring it down.
-export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/$USER/triton
-export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/$USER/torch_extensions
+export TRITON_CACHE_DIR=${TMPDIR:-/tmp}/$UID/triton
+export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/$UID/torch_extensions
 
 # export NCCL_SOCKET_IFNAME=ib0         # which network finds the other nodes; wrong: hangs in the first all-reduce
 # export NCCL_IB_HCA=mlx5               # which cards carry the data; wrong: training at a tenth of the speed

@@ -1,4 +1,7 @@
-"""The single-GPU smoke test: every training stage in bf16 on CUDA, against the CPU's fp32 losses, and save, resume, generate."""
+"""The single-GPU smoke test.
+
+Every training stage in bf16 on CUDA, against the CPU's fp32 losses, and save, resume, generate.
+"""
 
 import json
 import os
@@ -126,5 +129,6 @@ def test_a_run_saved_on_the_gpu_goes_on_there_from_its_checkpoint(
     megachat("pretrain", run, "cuda", *common, "tokens=20480", "schedule=constant", "resume=any")
     straight = tmp_path / "straight"
     megachat("pretrain", straight, "cuda", *common, "tokens=20480", "schedule=constant")
-    # The warm-up is a share of all steps, so the two differ in the first; later steps agree within bf16's noise.
+    # The warm-up is a share of all steps, so the two differ in the first;
+    # later steps agree within bf16's noise.
     assert losses(run, "pretrain")[-1] == pytest.approx(losses(straight, "pretrain")[-1], rel=0.1)

@@ -46,7 +46,10 @@ def test_help_lists_every_stage_and_imports_nothing_heavy(
     begun = time.monotonic()
     listed = megachat("--help", cwd=tmp_path)
     assert "pretrain" in listed
-    code = "import sys, megachat.__main__ as m; m.main(['--help']); print([n for n in ('torch', 'hydra') if n in sys.modules])"
+    code = (
+        "import sys, megachat.__main__ as m; m.main(['--help']); "
+        "print([n for n in ('torch', 'hydra') if n in sys.modules])"
+    )
     out = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -8,10 +8,10 @@ from megachat.config import compose
 from megachat.run import Stage, perform
 
 TINY = [
-    "model.dim=32", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "model.hidden=64",
-    "model.context=64", "context=32", "batch=8", "micro_batch=2", "tokens=3072", "parallel.precision=fp32",
-    "optimizer.lr=1e-2", "log.interval=1", "log.wandb=disabled", "validation_windows=4", "checkpoint_interval=0",
-    "validation_interval=0", "prompt=one",
+    "model.dim=32", "model.layers=2", "model.heads=4", "model.kv_heads=2", "model.head_dim=8",
+    "model.hidden=64", "model.context=64", "context=32", "batch=8", "micro_batch=2", "tokens=3072",
+    "parallel.precision=fp32", "optimizer.lr=1e-2", "log.interval=1", "log.wandb=disabled",
+    "validation_windows=4", "checkpoint_interval=0", "validation_interval=0", "prompt=one",
 ]  # fmt: skip
 """Overrides of `pretrain`: 12 steps of 8 samples of 32 tokens through a model of two small blocks."""
 

@@ -1,8 +1,9 @@
 """A checkpoint is logical tensors: one full tensor per parameter and per optimizer moment, in safetensors.
 
-No layout is in it, so a run saved on any number of ranks at any ZeRO stage and tensor degree loads at any other.
-It appears whole or not at all: every rank writes and fsyncs its files in `step-N.tmp`, rank 0 adds a manifest of sizes and
-sha256 sums, the folder is renamed, and only then does `latest` name it. Nothing is ever unpickled.
+No layout is in it, so a run saved on any number of ranks at any ZeRO stage and tensor degree loads at any
+other. It appears whole or not at all: every rank writes and fsyncs its files in `step-N.tmp`, rank 0 adds a
+manifest of sizes and sha256 sums, the folder is renamed, and only then does `latest` name it. Nothing is ever
+unpickled.
 """
 
 import json
@@ -64,10 +65,11 @@ def save(
     mesh: Mesh,
     keep: int,
 ) -> bool:
-    """Writes `folder/step-N` with all engines' weights and moments; every rank calls it. Returns whether it worked.
+    """Writes `folder/step-N` with all engines' weights and moments; every rank calls it.
 
-    `about` is recorded in the manifest (`architecture`, `tokenizer`, `fingerprint`). Only the newest `keep` stay.
-    A failure (a full disk, say) is reported, leaves nothing behind, and leaves older checkpoints alone.
+    Returns whether it worked. `about` is recorded in the manifest (`architecture`, `tokenizer`,
+    `fingerprint`). Only the newest `keep` stay. A failure (a full disk, say) is reported, leaves nothing
+    behind, and leaves older checkpoints alone.
     """
     name = f"step-{progress['step']:08d}"
     temporary = folder / f"{name}.tmp"
@@ -101,7 +103,8 @@ def save(
         if failed:
             shutil.rmtree(temporary, ignore_errors=True)
             say(
-                f"ALARM: the checkpoint of step {progress['step']} could not be written: {failures[0]}; free some space in {folder}"
+                f"ALARM: the checkpoint of step {progress['step']} could not be written: {failures[0]}; "
+                f"free some space in {folder}"
             )
         else:
             for old in steps(folder)[:-keep]:
@@ -111,7 +114,10 @@ def save(
 
 
 class _Writer:
-    """Deals tensors over the ranks by size and writes this rank's share; remembers the first problem instead of raising."""
+    """Deals tensors over the ranks by size and writes this rank's share.
+
+    It remembers the first problem instead of raising.
+    """
 
     def __init__(self, folder: Path, mesh: Mesh) -> None:
         self.folder, self.mesh = folder, mesh
@@ -202,13 +208,17 @@ class Checkpoint:
         trained_with = self.manifest["tokenizer"]
         if trained_with != tokenizer.sha256:
             raise ValueError(
-                f"{self.path} was trained with tokenizer {trained_with[:12]}, but this run's is {tokenizer.sha256[:12]}; "
-                "use the run folder that the checkpoint came from, or train the stages after `tokenizer` again"
+                f"{self.path} was trained with tokenizer {trained_with[:12]}, "
+                f"but this run's is {tokenizer.sha256[:12]}; use the run folder "
+                "that the checkpoint came from, or train the stages after `tokenizer` again"
             )
 
 
 def newest(folder: Path, mesh: Mesh) -> Checkpoint | None:
-    """The newest checkpoint that every rank finds whole, or None if there is none. Damaged ones are named and passed over."""
+    """The newest checkpoint that every rank finds whole, or None if there is none.
+
+    Damaged ones are named and passed over.
+    """
     candidates = steps(folder)
     for path in reversed(candidates):
         problem, checkpoint = "", None

@@ -1,11 +1,12 @@
 """DeepSpeed, in the one file that imports it: ZeRO 0-3, AutoTP, bf16 with fp32 master weights, clipping.
 
-DeepSpeed's engine is a wide thing; `Engine` shows the few verbs the training loop needs, and the logical tensors
-(one full tensor per parameter and optimizer moment) that a checkpoint is made of.
+DeepSpeed's engine is a wide thing; `Engine` shows the few verbs the training loop needs, and the logical
+tensors (one full tensor per parameter and optimizer moment) that a checkpoint is made of.
 
-Facts that shaped this file (DeepSpeed 0.19.8): the first collective on a CPU compiles a shared-memory kernel for 90 s
-unless told not to; ZeRO 0 in fp32 reports no gradient norm, so it is computed and clipped here; ZeRO 1-3 create optimizer
-state lazily, so it is created before a checkpoint is loaded; ZeRO 0 in bf16 would keep no fp32 weights, so it runs under autocast.
+Facts that shaped this file (DeepSpeed 0.19.8): the first collective on a CPU compiles a shared-memory kernel
+for 90 s unless told not to; ZeRO 0 in fp32 reports no gradient norm, so it is computed and clipped here; ZeRO
+1-3 create optimizer state lazily, so it is created before a checkpoint is loaded; ZeRO 0 in bf16 would keep
+no fp32 weights, so it runs under autocast.
 """
 
 import contextlib
@@ -96,14 +97,17 @@ class Engine:
         clip: float,
         mesh: Mesh,
     ) -> None:
-        """`groups` are optimizer parameter groups of `model`; `clip` is the largest gradient norm, 0 for none."""
+        """`groups` are optimizer parameter groups of `model`.
+
+        `clip` is the largest gradient norm, 0 for none.
+        """
         self.mesh = mesh
         self.parallel = parallel
         self.clip = clip
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         """The full shape of every parameter, before anything is cut."""
         if hasattr(model, "checkpointing"):
-            model.checkpointing = parallel.checkpointing
+            model.checkpointing = parallel.checkpointing  # type: ignore[assignment]
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -144,7 +148,7 @@ class Engine:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[nn.Module]:
-        """The module in eval mode and without gradients: for validation and for sampling from the weights being trained."""
+        """The module in eval mode, without gradients: to validate, and to sample from weights in training."""
         training = self.module.training
         self.module.eval()
         autocast = torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self._autocast)
@@ -169,7 +173,7 @@ class Engine:
             self._engine.step()  # counts the micro-batch, changes nothing
 
     def step(self, learning_rate: float) -> float:
-        """Clips, takes one optimizer step, clears the gradients; returns the gradient norm before clipping."""
+        """Clips, takes one optimizer step, clears gradients; returns the gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_by_hand() if self.parallel.zero == 0 else None
@@ -227,7 +231,10 @@ class Engine:
                 yield f"{moment}.{name}", whole(self._read(parameter, moment), axis, self.mesh)
 
     def load_logical(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Sets every weight and moment from full tensors, whatever layout wrote them. `read` returns one by its name."""
+        """Sets every weight and moment from full tensors, whatever layout wrote them.
+
+        `read` returns one by its name.
+        """
         self._create_state()
         for name, parameter in self.module.named_parameters():
             axis = split_axis(self.shapes[name], self._local_shape(parameter))
@@ -266,7 +273,7 @@ class Engine:
             # The low-precision copy that computes does not follow the fp32 one until the next step.
             if hasattr(parameter, "ds_id"):
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    if dist.get_rank(parameter.ds_process_group) == 0:
+                    if dist.get_rank(parameter.ds_process_group) == 0:  # type: ignore[attr-defined]
                         parameter.copy_(value)
             else:
                 parameter.copy_(value)

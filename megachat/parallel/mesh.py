@@ -1,7 +1,8 @@
 """Which process am I? Ranks on a data x tensor grid, started by plain python, torchrun, or srun.
 
-Tensor-parallel ranks are neighbours (rank = data_rank * tensor + tensor_rank), so that they share a machine's fast links.
-A process started without `RANK` and outside Slurm makes one rank for each visible GPU; on a CPU, one in all.
+Tensor-parallel ranks are neighbours (rank = data_rank * tensor + tensor_rank), so that they share a machine's
+fast links. A process started without `RANK` and outside Slurm makes one rank for each visible GPU; on a CPU,
+one in all.
 """
 
 import os
@@ -61,7 +62,8 @@ def free_port() -> int:
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Starts `python -m megachat <arguments>` once per rank on this machine and waits for all of them.
 
-    SIGTERM and SIGUSR1 are passed on. When one rank fails the others are stopped, and its exit code is returned.
+    SIGTERM and SIGUSR1 are passed on. When one rank fails the others are stopped, and its exit code is
+    returned.
     """
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
@@ -192,6 +194,7 @@ def start(tensor: int) -> Mesh:
         # Slurm may show each task its own GPU only, as device 0.
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed picks the GPU by it
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():

@@ -1,8 +1,9 @@
-"""How tensor parallelism cuts a model: the table beside the model becomes DeepSpeed AutoTP's `partition_config`.
+"""How tensor parallelism cuts a model: the table beside it becomes DeepSpeed AutoTP's `partition_config`.
 
 A plan maps parameter-holding modules (`blocks.*.attn.q`, `*` for any number) to one of
 `column` (outputs are split: weight rows), `row` (inputs are split: weight columns, results summed), or
-`replicate-sum` (every rank holds the whole and sees its own heads only, so gradients are summed). What is not named stays whole.
+`replicate-sum` (every rank holds the whole and sees its own heads only, so gradients are summed).
+What is not named stays whole.
 """
 
 import re
@@ -20,7 +21,8 @@ from megachat.parallel.mesh import Mesh, divisors
 def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
     """DeepSpeed's `tensor_parallel.partition_config` for a model's plan.
 
-    Example: {"blocks.*.mlp.down": "row"} -> pattern `^blocks\\.\\d+\\.mlp\\.down\\.weight$`, partition type `row`.
+    Example: {"blocks.*.mlp.down": "row"} -> pattern `^blocks\\.\\d+\\.mlp\\.down\\.weight$`, partition type
+    `row`.
     """
     specs: list[dict[str, Any]] = []
     for module, cut in plan.items():

@@ -1,8 +1,10 @@
-"""The one training loop. A stage adds where its batches come from and what one costs; everything else is here, in order.
+"""The one training loop.
 
-A loss is a sum over the batch and a batch knows its weight (tokens or pairs), so that a step's loss is the exact mean over
-all micro-batches of all ranks however unequal they are. Randomness is reseeded at each step from (seed, step, rank),
-so a resumed run draws what the uninterrupted one would have drawn.
+A stage adds where its batches come from and what one costs; everything else is here, in order.
+
+A loss is a sum over the batch and a batch knows its weight (tokens or pairs), so that a step's loss is the
+exact mean over all micro-batches of all ranks however unequal they are. Randomness is reseeded at each step
+from (seed, step, rank), so a resumed run draws what the uninterrupted one would have drawn.
 """
 
 import contextlib
@@ -119,7 +121,7 @@ class Task(Stage):
     validation_interval: NonNegativeInt
     """Optimizer steps between validations; 0 validates at the end only."""
     resume: Literal["same", "any"]
-    """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever has changed."""
+    """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever changed."""
 
     neutral: ClassVar[tuple[str, ...]] = (
         "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "validation_interval", "resume",
@@ -131,7 +133,10 @@ class Task(Stage):
         raise NotImplementedError
 
     def prepare(self, run: Running) -> int:
-        """Loads data into `run.data` and judges into `run.frozen`; returns how many optimizer steps the run takes."""
+        """Loads data into `run.data` and judges into `run.frozen`.
+
+        Returns how many optimizer steps the run takes.
+        """
         raise NotImplementedError
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
@@ -223,7 +228,7 @@ def fit(task: Task) -> None:
             rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
             sums = train_step(task, run, batches, rate)
             run.progress.step += 1
-            row = meter.add(sums, rate)
+            meter.add(sums, rate)
             bar.update()
             last = run.progress.step == run.total
             if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
@@ -243,12 +248,14 @@ def fit(task: Task) -> None:
                     at_step = run.progress.step if save() else at_step
                 if stopping and not last:
                     say(
-                        f"{task.name}: asked to stop; saved at step {at_step}, the same command goes on from there"
+                        f"{task.name}: asked to stop; saved at step {at_step}, "
+                        "the same command goes on from there"
                     )
                     return
         if at_step != run.progress.step and not save():
             raise ValueError(
-                f"the final checkpoint of {task.name} could not be written; free some disk space and run again"
+                f"the final checkpoint of {task.name} could not be written; "
+                "free some disk space and run again"
             )
         mesh.barrier()
         if mesh.rank == 0:
@@ -258,7 +265,10 @@ def fit(task: Task) -> None:
 
 
 def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> dict[str, float]:
-    """One optimizer step: forward, backward over the micro-batches, then clip and step. Returns sums over all ranks."""
+    """One optimizer step: forward, backward over the micro-batches, then clip and step.
+
+    Returns sums over all ranks.
+    """
     local = [sum(getattr(batch, name) for batch in batches) for name in ("weight", "tokens", "samples")]
     weight, tokens, samples = run.mesh.sum_tensor(torch.tensor(local, dtype=torch.float64)).tolist()
     sums: dict[str, Tensor] = {}
@@ -336,8 +346,8 @@ def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> No
     saved.check_tokenizer(run.tokenizer)
     if task.resume == "same" and saved.manifest["fingerprint"] != task.fingerprint():
         raise ValueError(
-            f"{saved.path} was trained with other settings or data; give another run=..., delete {task.folder} to start "
-            "over, or go on regardless with resume=any"
+            f"{saved.path} was trained with other settings or data; give another run=..., "
+            f"delete {task.folder} to start over, or go on regardless with resume=any"
         )
     for role, engine in run.engines.items():
         engine.load_logical(saved.reader(role), saved.manifest["progress"]["step"])
@@ -346,7 +356,7 @@ def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> No
 
 
 def _reseed(seed: int, run: Running) -> None:
-    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, and the data rank."""
+    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, the data rank."""
     torch.manual_seed((seed * 1_000_003 + run.progress.step) * 65_537 + run.mesh.data_rank)
 
 

@@ -1,4 +1,7 @@
-"""What a language model pays for a batch, as sums: the loop divides by the tokens of the whole step, over all ranks."""
+"""What a language model pays for a batch, as sums.
+
+The loop divides by the tokens of the whole step, over all ranks.
+"""
 
 from jaxtyping import Float, Int
 from torch import Tensor

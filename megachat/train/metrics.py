@@ -16,11 +16,11 @@ PEAK_BF16 = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bf16 tensor-core FLOP/s from the makers' data sheets, by a part of the device's name; first match wins."""
+"""Dense bf16 tensor-core FLOP/s, from makers' data sheets, by part of the device's name; first match wins."""
 
 
 def peak_flops(device: torch.device, bf16: bool) -> float | None:
-    """FLOP/s of one device: tabulated for GPUs, measured with a matrix product on a CPU, None when unknown."""
+    """FLOP/s of one device: tabulated for GPUs, measured by a matrix product on a CPU, None when unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAK_BF16.items() if part in name), None) if bf16 else None

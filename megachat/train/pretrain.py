@@ -1,4 +1,7 @@
-"""STAGE pretrain: a language model from token shards. Validation is in bits per byte, which no tokenizer can flatter."""
+"""STAGE pretrain: a language model from token shards.
+
+Validation is in bits per byte, which no tokenizer can flatter.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -23,6 +23,7 @@ from megachat.align.ppo import (
     kl_rewards,
     log_ratio,
 )
+from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
 from megachat.config import ConfigError
@@ -217,7 +218,7 @@ class Letters(nn.Module):
 
 
 def test_a_rollout_is_scored_and_its_first_step_is_on_policy(inputs: Path, run: Path):
-    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "critic_first=0")
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "critic_first=0", "temperature=0.7")
     state = tiny.running(task)
     batches = task.batches(state)
     for step in range(task.steps):
@@ -237,6 +238,26 @@ def test_every_answer_is_trained_on_once_in_each_epoch(inputs: Path, run: Path):
     assert [len(step) for step in seen] == [16] * 4
     assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3])
     assert seen[0] != seen[2]
+
+
+def test_each_answer_keeps_its_own_figures_when_the_order_is_shuffled(inputs: Path, run: Path):
+    settings = [
+        "kl=0",
+        "unfinished=0",
+        "gamma=1",
+        "lam=1",
+    ]  # the return of every token is then the answer's score
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, *settings)
+    state = tiny.running(task)
+    (batch, *_) = next(task.batches(state))
+    mask = batch.rows.mask
+    with torch.no_grad():
+        values = state.engines["critic"](batch.rows.tokens)
+        scores = last_score(state.frozen["reward"](batch.rows.tokens), batch.rows.real)
+    assert_close(batch.values[mask], values[mask], atol=1e-5, rtol=1e-5)
+    assert_close(batch.returns[mask], scores[:, None].expand_as(mask)[mask], atol=1e-5, rtol=1e-5)
+    surprise = (batch.returns - batch.values)[mask]  # whitened: the same but for a shift and a scale
+    assert torch.corrcoef(torch.stack([surprise, batch.advantages[mask]]))[0, 1] > 0.99999
 
 
 def test_the_score_and_the_penalty_are_paid_on_the_last_token(inputs: Path, run: Path):

@@ -12,6 +12,7 @@ from megachat.data.harvest import Entry
 from megachat.data.questions import (
     HELD_OUT,
     KINDS,
+    PRACTICE,
     SEEN,
     SMALL_TALK,
     PythonConversations,
@@ -26,7 +27,7 @@ LIBRARY = [
 ]
 TRUE = {
     phrasings: {one.format(name=entry.name): entry.sentence for one in phrasings for entry in LIBRARY}
-    for phrasings in (SEEN, HELD_OUT)
+    for phrasings in (SEEN, HELD_OUT, SEEN + PRACTICE)
 }
 SETTINGS = {"modules": [], "functions": 100, "held_out": 0.2, "seed": 0}
 
@@ -63,11 +64,12 @@ def trained_on() -> set[str]:
 
 
 def test_there_are_enough_phrasings_and_no_two_alike():
-    for phrasings, english, chinese in ((SEEN, 24, 6), (HELD_OUT, 4, 2)):
+    for phrasings, english, chinese in ((SEEN, 18, 5), (PRACTICE, 10, 2), (HELD_OUT, 4, 2)):
         assert sum(one.isascii() for one in phrasings) >= english
         assert sum(not one.isascii() for one in phrasings) >= chinese
-    assert len({*SEEN, *HELD_OUT}) == len(SEEN) + len(HELD_OUT)
-    assert all(one.count("{name}") == 1 for one in (*SEEN, *HELD_OUT))
+    every = (*SEEN, *PRACTICE, *HELD_OUT)
+    assert len(set(every)) == len(every)
+    assert all(one.count("{name}") == 1 for one in every)
 
 
 def test_every_question_gets_its_true_answer_in_as_many_ways_as_asked_for():
@@ -124,11 +126,21 @@ def test_more_unseen_questions_than_functions_come_in_other_words():
     assert set(Counter(one.answer for one in asked).values()) == {2}
 
 
-def test_the_three_kinds_of_wrong_answers_come_equally_often_for_each_function():
-    made = preferences().preferences("train")
-    assert set(Counter((one.chosen, one.kind) for one in made).values()) == {1}
-    assert {one.kind for one in made} == set(KINDS)
-    assert all(one.chosen == about(one.prompt, SEEN) != one.rejected for one in made)
+def test_half_of_each_functions_wrong_answers_are_anothers_and_a_quarter_of_each_other_kind():
+    made = preferences(variants=4).preferences("train")
+    times = Counter((one.chosen, one.kind) for one in made)
+    assert {one.kind for one in made} == set(KINDS) == {"other", "truncated", "garbled"}
+    assert all(count == (2 if kind == "other" else 1) for (_, kind), count in times.items())
+    assert all(one.chosen == about(one.prompt, SEEN + PRACTICE) != one.rejected for one in made)
+
+
+def test_alignment_asks_in_words_that_fine_tuning_does_not():
+    tuned = {one.messages[0].content for one in conversations(variants=len(SEEN)).conversations()}
+    practised = {one.messages[0].content for one in prompts(variants=30).prompts("train")}
+    asked = {phrasing.format(name=one.name) for phrasing in PRACTICE for one in LIBRARY}
+    assert not tuned & asked
+    assert practised & asked
+    assert practised & tuned
 
 
 def test_a_truncated_answer_is_40_to_70_percent_of_the_words():
@@ -155,7 +167,7 @@ def test_words_are_shuffled_until_they_are_out_of_order():
 
 def test_half_of_the_other_answers_come_from_the_same_module():
     modules = {one.sentence: home(one) for one in LIBRARY}
-    made = preferences(functions=120, held_out=0.0, variants=30).preferences("train")
+    made = preferences(functions=120, held_out=0.0, variants=20).preferences("train")
     others = [one for one in made if one.kind == "other"]
     same = sum(modules[one.rejected] == modules[one.chosen] for one in others)
     # Half of 1,200 by choice, and of the others 14 of 119 by chance: 0.559; four standard deviations.
@@ -211,10 +223,17 @@ def test_too_much_asked_of_the_library_says_what_to_do(settings, why):
         conversations(**settings).conversations()
 
 
-@pytest.mark.parametrize("make", [conversations, preferences, prompts])
-def test_more_variants_than_phrasings_are_refused(make):
-    with pytest.raises(ValueError, match=f"less than or equal to {len(SEEN)}"):
-        make(variants=len(SEEN) + 1)
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (conversations, len(SEEN)),
+        (preferences, len(SEEN) + len(PRACTICE)),
+        (prompts, len(SEEN) + len(PRACTICE)),
+    ],
+)
+def test_more_variants_than_phrasings_are_refused(make, most):
+    with pytest.raises(ValueError, match=f"less than or equal to {most}"):
+        make(variants=most + 1)
 
 
 def test_a_method_lives_in_the_module_of_its_class():

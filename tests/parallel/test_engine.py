@@ -1,4 +1,7 @@
-"""Every layout computes the same thing: losses and gradient norms of one process, ZeRO 0-3, and tensor parallelism."""
+"""Every layout computes the same thing.
+
+Compared are losses and gradient norms of one process, ZeRO 0-3, and tensor parallelism.
+"""
 
 import json
 from pathlib import Path
@@ -47,7 +50,7 @@ def compare(run: Path, *layouts: str) -> None:
     for overrides in layouts:
         found = torch.tensor(curve(run, *overrides.split()))
         torch.testing.assert_close(
-            found, expected, rtol=1e-4, atol=0, msg=lambda text: f"{overrides}: {text}"
+            found, expected, rtol=1e-4, atol=0, msg=lambda text, layout=overrides: f"{layout}: {text}"
         )
 
 
