@@ -100,7 +100,7 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path: Path) -> None
 def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
     printed = megachat("pretrain", "--cfg", "job", "experiment=quickstart", "run=runs/中文", cwd=tmp_path)
     assert "run: runs/中文" in printed
-    assert "dim: 256" in printed
+    assert "dim: 320" in printed
 
 
 @pytest.mark.slow
