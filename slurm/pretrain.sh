@@ -18,7 +18,8 @@ source slurm/env.sh
 
 # Rank 0 runs on the first node of the list; `hostname` here would name the batch node, which --exclude may change.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))     # not a constant: two jobs may share a node
+# Not a constant, for two jobs may share a node; below 32768, where Linux begins to hand out ports to whoever asks.
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}  # else every rank starts as many threads as the node has cores
 

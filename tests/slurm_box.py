@@ -2,7 +2,7 @@
 
 All daemons live in a PID namespace of their own, whose first process dies with pytest: then the kernel kills
 the daemons and every process of every job. Only root may make one.
-They listen on 127.0.0.1 alone. Slurm listens where the host's name points to, so the box is called `localhost`.
+They listen on 127.0.0.1 alone: Slurm listens where the host's name points, so the box is called `localhost`.
 Its nodes are called 127.0.0.1 and 127.0.0.2: names that resolve without a line in /etc/hosts.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge"]
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 NODES = ["127.0.0.1", "127.0.0.2"]
+NAMESPACE = "setpriv --pdeathsig KILL unshare --uts --pid --mount-proc --fork --kill-child".split()
 CONF = """\
 ClusterName=box
 SlurmctldHost=localhost(127.0.0.1)
@@ -63,12 +64,14 @@ class Slurm:
 
     def call(self, *command: str, environment: Mapping[str, str] = os.environ) -> str:
         """What a Slurm command prints."""
-        found = environment | {"SLURM_CONF": str(self.conf), "PATH": f"{environment['PATH']}:/usr/sbin"}
-        return subprocess.run(command, env=found, capture_output=True, text=True, check=True, timeout=30).stdout
+        found = {**environment, "SLURM_CONF": str(self.conf)}
+        return subprocess.run(
+            command, env=found, stdout=subprocess.PIPE, text=True, check=True, timeout=30
+        ).stdout
 
     def wait(self, job: str, timeout: float) -> str:
         """The state in which a job ends. `sbatch --wait` would look only every ten seconds."""
-        deadline = time.monotonic() + timeout
+        deadline, state = time.monotonic() + timeout, ""
         while time.monotonic() < deadline:
             words = self.call("scontrol", "show", "job", "-o", job).split()
             state = next(word for word in words if word.startswith("JobState=")).removeprefix("JobState=")
@@ -93,9 +96,6 @@ def missing() -> str:
             return f"Slurm is not installed, and `{' '.join(install)}` failed: {done.stderr.strip()[-500:]}"
     tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True)
     return f"this root may not make namespaces: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-NAMESPACE = "setpriv --pdeathsig KILL unshare --uts --pid --mount-proc --fork --kill-child".split()
 
 
 @contextmanager

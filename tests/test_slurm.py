@@ -53,7 +53,7 @@ def test_sbatch_on_two_nodes_gives_the_losses_of_one_process(slurm: Slurm, run: 
     job = submit(slurm, log, f"run={two}", f"inputs={run}", "model=gpt_3m", *TINY, *layout)
     state = slurm.wait(job, timeout=300)
     assert state == "COMPLETED", log.read_text()
+    assert len(list(two.glob("pretrain/checkpoints/*/tensors-*.safetensors"))) == 2  # each rank wrote its own
     losses = [row["loss"] for row in rows(two)]
     assert len(losses) == 12
     assert losses == pytest.approx([row["loss"] for row in rows(run)], rel=1e-4)
-    print(log.read_text())

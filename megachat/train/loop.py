@@ -189,7 +189,7 @@ def fit(task: Task) -> None:
         }
         trunk = checkpoint.trunk(models["model"])
         check_fits(trunk.config, task.parallel.tensor)
-        flops = flops_per_token(trunk.config, trunk.vocab, task.context)
+        flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
         run.engines = {
             role: Engine(
                 model.to(mesh.device),
