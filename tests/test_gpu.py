@@ -4,14 +4,13 @@ Every training stage in bf16 on CUDA, against the CPU's fp32 losses, and save, r
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import TINY, make
+from tests.tiny_run import TINY, environment, make
 
 pytestmark = pytest.mark.gpu
 
@@ -28,17 +27,17 @@ FUNCTIONS = {"conversations": ["sft"], "preferences": ["rm", "dpo"], "prompts": 
 
 
 def megachat(stage: str, run: Path, device: str, *overrides: str) -> None:
-    environment = {
+    variables = {
         key: value
-        for key, value in os.environ.items()
+        for key, value in environment().items()
         if key not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
     }
     if device == "cpu":
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     else:
-        environment |= {"CUDA_VISIBLE_DEVICES": "0"}
+        variables |= {"CUDA_VISIBLE_DEVICES": "0"}
     command = [sys.executable, "-m", "megachat", stage, f"run={run}", "log.wandb=disabled", *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

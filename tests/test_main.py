@@ -1,6 +1,5 @@
 """The command line as a user meets it: help, mistakes, errors, sweeps, and its exit codes."""
 
-import os
 import subprocess
 import sys
 import time
@@ -9,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from megachat.__main__ import main
-from tests.tiny_run import TINY, make, rows
+from tests.tiny_run import TINY, environment, make, rows
 
 
 def megachat(*arguments: str, cwd: Path, code: int = 0) -> str:
     """Runs the command; returns what it printed on both streams."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    variables = environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "megachat", *arguments]
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr

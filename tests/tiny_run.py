@@ -1,6 +1,7 @@
 """A run folder with a tokenizer and token shards of a small made-up text, for tests that train."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def make(run: Path, *stages: str) -> Path:
 def pretrain(run: Path, *overrides: str) -> Stage:
     """The `pretrain` stage on a tiny run."""
     return Stage.of(compose("pretrain", [f"run={run}", "model=gpt_3m", *TINY, *overrides]))
+
+
+def environment() -> dict[str, str]:
+    """For a process of its own: without what makes it a rank, left behind by tests that train in this one."""
+    apart = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in apart}
 
 
 def rows(run: Path, stage: str = "pretrain") -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ import torch
 from megachat.parallel import checkpoint
 from megachat.run import perform
 from tests.spawn import on_ranks
-from tests.tiny_run import TINY, make, pretrain, rows
+from tests.tiny_run import TINY, environment, make, pretrain, rows
 
 STEPS = 12
 
@@ -35,7 +35,9 @@ def start(run: Path, *overrides: str, ranks: int = 1, inputs: Path | None = None
     command = ["-m", "megachat", "pretrain", "model=gpt_3m", *TINY, *places, *overrides]
     if ranks > 1:
         command = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *command]
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment()
+    )
 
     def wait(code: int = 0) -> str:
         _, errors = process.communicate(timeout=120)
