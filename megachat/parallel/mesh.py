@@ -160,10 +160,6 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
-    def gather_data(self, value: Any) -> list[Any]:
-        """One plain Python value from each data rank, in order."""
-        return self.gather(value)[self.tensor_rank :: self.tensor]
-
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world > 1:
