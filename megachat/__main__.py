@@ -123,7 +123,7 @@ def _through_hydra(stage: str, overrides: Sequence[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from megachat.config import CONF, HYDRA_SETTINGS, plain, rewrite
+    from megachat.config import CONF, HYDRA_SETTINGS, compose, plain, quoted, rewrite
 
     flags = [text for text in overrides if text.startswith("-")]
     settings = [text for text in overrides if not text.startswith("-")]
@@ -138,20 +138,22 @@ def _through_hydra(stage: str, overrides: Sequence[str]) -> None:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             _execute(tree, [stage, *settings])
             return
-        swept = [text.lstrip("+") for text in HydraConfig.get().overrides.task]
-        swept = [text for text in swept if text not in fixed]
-        base = Path(tree["run"])
-        name = ",".join(swept).replace("/", "-")
-        command = [stage, *plain_settings, *swept, f"inputs={tree['inputs']}", f"run={base / name}"]
+        texts = [text.lstrip("+") for text in HydraConfig.get().overrides.task]
+        swept = [text for text in texts if text.partition("=")[0] in keys]
+        folder = Path(tree["run"]) / ",".join(swept).replace("/", "-")
+        command = [stage, *plain_settings, *swept, f"inputs={tree['inputs']}", f"run={folder}"]
         print(f"megachat {' '.join(command)}", file=sys.stderr)
         code = subprocess.run([sys.executable, "-m", "megachat", *command], check=False).returncode
         if code:
             sys.exit(code)
 
     # What is not swept over is passed to every job as it was written.
-    plain_settings = [text for text in settings if not _is_sweep(text)] if sweep else settings
-    fixed = {text.lstrip("+") for text in rewrite(stage, plain_settings, sweep=True)}
-    sweep_settings = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."] if sweep else []
+    keys = {text.lstrip("+").partition("=")[0] for text in settings if _is_sweep(text)}
+    plain_settings = [text for text in settings if text.lstrip("+").partition("=")[0] not in keys]
+    sweep_settings = []
+    if sweep:  # Hydra writes down what was swept next to the runs
+        run = compose(stage, plain_settings)["run"]
+        sweep_settings = [f"hydra.sweep.dir={quoted(run)}", "hydra.sweep.subdir=."]
     sys.argv = ["megachat", *flags, *HYDRA_SETTINGS, *sweep_settings, *rewrite(stage, settings, sweep=sweep)]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=stage)(job)()
 

@@ -104,7 +104,7 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
         elif not equals or key != bare or bare.startswith("hydra") or _is_group(bare):
             out.append(override)
         else:
-            out.append(f"++{key}={_quoted(value, sweep)}")
+            out.append(f"++{key}={quoted(value, sweep)}")
     return out
 
 
@@ -121,14 +121,15 @@ def _experiment(stage: str, name: str) -> list[str]:
     return [*chosen, f"++run=runs/{name}"]
 
 
-def _quoted(value: str, sweep: bool) -> str:
+def quoted(value: str, sweep: bool = False) -> str:
+    """A value as Hydra's grammar wants it: as it is, or in quotes where Hydra would misread it."""
     try:
         parsed = OverridesParser.create().parse_override(f"key={value}")
         if sweep or not parsed.is_sweep_override():
             return value
     except HydraException:
         if value.startswith("[") and value.endswith("]"):  # paths=[语料/*.txt]: its items need the quotes
-            return "[" + ",".join(_quoted(item.strip(), sweep) for item in value[1:-1].split(",")) + "]"
+            return "[" + ",".join(quoted(item.strip(), sweep) for item in value[1:-1].split(",")) + "]"
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 

@@ -107,6 +107,6 @@ def test_a_sweep_gives_each_job_a_run_of_its_own_that_reads_the_shared_inputs(tm
     run = make(tmp_path / "runs" / "base")
     settings = ["model=gpt_3m", *TINY, "tokens=512", f"run={run}"]
     megachat("pretrain", "-m", *settings, "optimizer.lr=1e-3,1e-2", cwd=tmp_path)
-    first, second = (rows(run / f"optimizer.lr={rate}") for rate in ("1e-3", "1e-2"))
+    first, second = (rows(run / f"optimizer.lr={rate}") for rate in ("0.001", "0.01"))
     assert first[0]["loss"] == second[0]["loss"]  # the same start and data
     assert first[1]["loss"] != second[1]["loss"]  # another learning rate

@@ -1,8 +1,11 @@
 """`slurm/pretrain.sh` on a real Slurm: two nodes in a box, one CPU rank on each."""
 
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -45,13 +48,25 @@ def submit(slurm: Slurm, log: Path, *overrides: str) -> str:
     ).strip()
 
 
-def test_sbatch_on_two_nodes_gives_the_losses_of_one_process(slurm: Slurm, run: Path, tmp_path: Path) -> None:
+def port_of_next_job(slurm: Slurm) -> int:
+    """Where its ranks would meet if the port were free."""
+    number = re.search(r"^NEXT_JOB_ID\s*= (\d+)", slurm.call("scontrol", "show", "config"), re.MULTILINE)
+    assert number
+    return 20000 + int(number[1]) % 12000
+
+
+def test_sbatch_on_two_nodes_gives_the_losses_of_one_process_though_another_job_has_its_port(
+    slurm: Slurm, run: Path, tmp_path: Path
+) -> None:
     make(run)
     trained(run=run)
     log, two = tmp_path / "job.log", tmp_path / "runs" / "two"
     layout = ["parallel=zero2", "parallel.precision=fp32"]
-    job = submit(slurm, log, f"run={two}", f"inputs={run}", "model=gpt_3m", *TINY, *layout)
-    state = slurm.wait(job, timeout=300)
+    with ExitStack() as taken:
+        with suppress(OSError):  # somebody else has it: as good
+            taken.enter_context(socket.create_server(("127.0.0.1", port_of_next_job(slurm))))
+        job = submit(slurm, log, f"run={two}", f"inputs={run}", "model=gpt_3m", *TINY, *layout)
+        state = slurm.wait(job, timeout=300)
     assert state == "COMPLETED", log.read_text()
     assert len(list(two.glob("pretrain/checkpoints/*/tensors-*.safetensors"))) == 2  # each rank wrote its own
     losses = [row["loss"] for row in rows(two)]
