@@ -218,7 +218,7 @@ class PPO(Task):
         with policy.inference(), critic.inference():
             both = in_parts(rows, self.micro_batch, lambda part: self._logps_and_entropies(policy, part))
             judged = in_parts(rows, self.micro_batch, lambda part: self._logps(run.frozen["reference"], part))
-            values = in_parts(rows, self.micro_batch, lambda part: critic(part.tokens).float())
+            values = in_parts(rows, self.micro_batch, lambda part: critic(part.tokens))
             scores = in_parts(
                 rows, self.micro_batch, lambda part: last_score(run.frozen["reward"](part.tokens), part.real)
             )
@@ -227,7 +227,7 @@ class PPO(Task):
             stopped=torch.tensor([tokens[-1] == run.tokenizer.end for tokens, _ in answered]).to(
                 scores.device
             ),
-            scores=scores.float(),
+            scores=scores,
             logps=both[:, 0],
             reference=judged,
             values=values,
@@ -254,7 +254,7 @@ class PPO(Task):
         """The clipped losses of the policy and of the critic, summed over tokens."""
         new = self._logps(run.engines["model"], batch.rows)
         policy = clipped_policy_loss(new, batch.logps, batch.advantages, batch.rows.mask, self.clip_ratio)
-        values = run.engines["critic"](batch.rows.tokens).float()
+        values = run.engines["critic"](batch.rows.tokens)
         critic = clipped_value_loss(values, batch.values, batch.returns, batch.rows.mask, self.clip_value)
         warm = float(run.progress.step >= self.critic_first * self.steps)
         moved = log_ratio(new.detach(), batch.logps, batch.rows.mask)

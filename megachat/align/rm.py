@@ -76,7 +76,7 @@ class RM(Task):
     def loss(self, run: Running, batch: Pairs) -> Losses:
         """Bradley-Terry, summed over pairs."""
         scores = run.engines["model"](batch.rows.tokens)
-        chosen, rejected = last_score(scores, batch.rows.real).float().chunk(2)
+        chosen, rejected = last_score(scores, batch.rows.real).chunk(2)
         loss = bradley_terry(chosen, rejected) + self.centring * (chosen + rejected) ** 2
         return Losses(
             {"model": loss.sum()},
@@ -89,7 +89,7 @@ class RM(Task):
         with run.engines["model"].inference() as model:
             for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
                 rows = collate(part, run).rows
-                chosen, rejected = last_score(model(rows.tokens), rows.real).float().chunk(2)
+                chosen, rejected = last_score(model(rows.tokens), rows.real).chunk(2)
                 right += won(chosen, rejected).item()
                 margin += (chosen - rejected).sum().item()
                 pairs += len(part)

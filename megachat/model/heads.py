@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from megachat.model.gpt import GPT
 
 
+class Score(nn.Linear):
+    """One number from each state, in fp32 whatever the states are in: bf16 would leave a reward 8 bits.
+
+    A sum of products, because autocast would compute a linear layer in bf16 again.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1)
+
+    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+        """The scores."""
+        return (hidden.float() * self.weight[0].float()).sum(-1) + self.bias.float()
+
+
 class Scalar(nn.Module):
     """A trunk and one number per position, which sees the tokens up to and including it."""
 
@@ -21,7 +35,7 @@ class Scalar(nn.Module):
         super().__init__()
         self.trunk = trunk
         trunk.head = None
-        self.score = nn.Linear(trunk.config.dim, 1)
+        self.score = Score(trunk.config.dim)
         # Of order 1 at first, as in Stiennon et al., 2020 (https://arxiv.org/abs/2009.01325), appendix B.
         nn.init.normal_(self.score.weight, 0.0, (trunk.config.dim + 1) ** -0.5)
         nn.init.zeros_(self.score.bias)
@@ -30,8 +44,8 @@ class Scalar(nn.Module):
         self, tokens: Int[Tensor, "batch seq"], documents: Int[Tensor, "batch seq"] | None = None
     ) -> Float[Tensor, "batch seq"]:
         """The score of each prefix of each row."""
-        scores: Tensor = self.score(self.trunk.hidden(tokens, documents))  # batch seq 1
-        return scores.squeeze(-1)
+        scores: Tensor = self.score(self.trunk.hidden(tokens, documents))
+        return scores
 
     @property
     def checkpointing(self) -> bool:

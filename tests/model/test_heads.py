@@ -14,6 +14,18 @@ def test_a_score_is_the_linear_of_the_trunks_last_states() -> None:
     assert_close(model(tokens), by_hand, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_score_keeps_24_bits_in_a_bf16_model(autocast: bool) -> None:
+    model = Scalar(tiny())
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = model(some_tokens(2, 9))
+    assert scores.dtype == torch.float32
+    assert (scores != scores.bfloat16().float()).any()
+
+
 def test_a_score_does_not_see_later_tokens_nor_other_documents() -> None:
     model, tokens = Scalar(tiny()), some_tokens(1, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7])
