@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megachat.stages import CONF, stages
+
 USAGE = """usage: megachat STAGE [key=value ...]      any setting of the stage, as a Hydra override
        megachat STAGE --help               its settings, with their documentation
        megachat STAGE --cfg job            the config it would run with
@@ -20,7 +22,7 @@ stages"""
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exits 2 when the config has mistakes, 1 when the input has."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    known = _stages()
+    known = stages()
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         width = max(map(len, known))
         print(USAGE)
@@ -55,37 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(mistakes))
 
 
-ORDER = (
-    "clean",
-    "tokenizer",
-    "encode",
-    "pretrain",
-    "sft",
-    "rm",
-    "ppo",
-    "dpo",
-    "evaluate",
-    "report",
-    "pipeline",
-    "chat",
-)
-"""How the stages are listed: as data flows."""
-
-
-def _stages() -> dict[str, str]:
-    """Each stage and its description, without importing Hydra."""
-    here = Path(__file__).parent
-    conf = here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
-    described = {}
-    for path in conf.glob("*.yaml"):
-        with path.open(encoding="utf-8") as file:
-            described[path.stem] = file.readline().removeprefix("#").strip()
-    return {
-        name: described[name]
-        for name in sorted(described, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))
-    }
-
-
 def _run(stage: str, overrides: Sequence[str]) -> None:
     from megachat.config import compose
 
@@ -103,7 +74,15 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
 
             if (processes := expected_world()) > 1:
                 sys.exit(launch(command, processes))
+        elif not stage.trains and int(tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise ValueError(
+                f"{stage.name} is one process, and srun started {tasks} that would write the same files; "
+                "start it with `srun --ntasks=1`"
+            )
         perform(stage)
+    except KeyboardInterrupt:
+        print(f"megachat {command[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("MEGACHAT_TRACEBACK"):
             raise
@@ -123,7 +102,7 @@ def _through_hydra(stage: str, overrides: Sequence[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from megachat.config import CONF, HYDRA_SETTINGS, compose, plain, quoted, rewrite
+    from megachat.config import HYDRA_SETTINGS, compose, plain, quoted, rewrite
 
     flags = [text for text in overrides if text.startswith("-")]
     settings = [text for text in overrides if not text.startswith("-")]

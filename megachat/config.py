@@ -10,7 +10,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -22,12 +21,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megachat.stages import CONF, stages
+
 ROOT = "megachat."
 """A config may only name classes of this package, so a YAML cannot run anything else."""
-
-INSTALLED = Path(__file__).parent / "conf"
-CONF = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "conf"
-"""The wheel carries `conf/` inside the package; in a checkout it stands beside it."""
 
 HYDRA_SETTINGS = (
     "hydra.run.dir=.",
@@ -52,15 +49,6 @@ class ConfigError(Exception):
 
 class _Invalid:
     """Stands in for a block whose own mistakes are already listed."""
-
-
-def stages() -> dict[str, str]:
-    """Every stage and its one-line description, which is the first comment of `conf/<stage>.yaml`."""
-    described = {}
-    for path in CONF.glob("*.yaml"):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        described[path.stem] = first.removeprefix("#").strip()
-    return described
 
 
 def compose(stage: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -118,6 +106,8 @@ def _experiment(stage: str, name: str) -> list[str]:
         names = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())
         raise ConfigError(f"experiment: there is no {name!r}; conf/experiment/ has {', '.join(names)}")
     chosen = [f"+experiment={name}/{stage}"] if (folder / f"{stage}.yaml").is_file() else []
+    if stage == "pipeline":  # its stages take the experiment's settings, each its own
+        chosen.append(f"++recipe={name}")
     return [*chosen, f"++run=runs/{name}"]
 
 
@@ -130,7 +120,9 @@ def quoted(value: str, sweep: bool = False) -> str:
     except HydraException:
         if value.startswith("[") and value.endswith("]"):  # paths=[语料/*.txt]: its items need the quotes
             return "[" + ",".join(quoted(item.strip(), sweep) for item in value[1:-1].split(",")) + "]"
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Hydra takes a backslash for an escape only before a quote, and the closing one is a quote, too.
+    inside = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{inside}'"
 
 
 def _readable(error: Exception) -> str:
@@ -214,6 +206,19 @@ def _locate(target: str, path: str, mistakes: list[str]) -> type[Config] | None:
     except (ImportError, AttributeError) as why:
         mistakes.append(f"{path}: cannot use {target!r}: {why}")
         return None
+
+
+SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|passwd|access_token|auth_token)$", re.IGNORECASE)
+"""Names of settings whose values are not written anywhere."""
+
+
+def redact(node: Any) -> Any:
+    """A config without its secrets."""
+    if isinstance(node, dict):
+        return {
+            key: "(redacted)" if SECRET.search(str(key)) else redact(value) for key, value in node.items()
+        }
+    return [redact(item) for item in node] if isinstance(node, list) else node
 
 
 def describe(stage: str) -> str:

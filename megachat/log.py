@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from megachat.config import Config
+from megachat.config import Config, redact
+from megachat.files import replacing, write_json
 
 if TYPE_CHECKING:
     from megachat.run import Stage
@@ -29,7 +30,7 @@ class Log(Config):
     interval: PositiveInt
     """Optimizer steps between two logged lines."""
     wandb: Literal["auto", "online", "offline", "disabled"]
-    """`auto`: online when logged in to W&B (WANDB_API_KEY or netrc), else offline."""
+    """`auto`: what $WANDB_MODE says, else online when logged in (WANDB_API_KEY or netrc), else offline."""
     project: str
     """The W&B project."""
 
@@ -64,6 +65,7 @@ def progress(what: str, total: int | None, unit: str = "it", initial: int = 0) -
         disable=not is_main(),
         file=sys.stderr if terminal else _Lines(),
         mininterval=0.2 if terminal else 10.0,
+        delay=0.0 if terminal else 10.0,
         maxinterval=10.0,
         dynamic_ncols=terminal,
         ascii=None if terminal else " .",
@@ -103,7 +105,9 @@ class Recorder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = stage.folder / name
             rows = [json.loads(line) for line in _complete_lines(path)]
-            path.write_text("".join(_line(row) for row in rows if row["step"] <= step), encoding="utf-8")
+            with replacing(path) as temporary:
+                kept = "".join(_line(row) for row in rows if row["step"] <= step)
+                temporary.write_text(kept, encoding="utf-8")
         self.samples: list[list[Any]] = []
         if stage.log.wandb != "disabled":
             self._start_wandb()
@@ -111,26 +115,33 @@ class Recorder:
     def _start_wandb(self) -> None:
         import wandb
 
-        from megachat.run import redact
-
         stage, mode = self.stage, self.stage.log.wandb
         if mode == "auto":
-            mode = "online" if logged_in() else "offline"
+            mode = chosen_mode()
+        if mode == "disabled":
+            return
         identity = stage.folder / "wandb.json"
         if not identity.is_file():
-            identity.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}))
-        self.wandb = wandb.init(
-            project=stage.log.project,
-            group=stage.run.name,
-            job_type=stage.name,
-            name=f"{stage.run.name}-{stage.name}",
-            dir=stage.run,
-            id=json.loads(identity.read_text())["id"],
-            resume="allow",
-            mode=mode,
-            config=redact(stage.tree),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+            write_json(identity, {"id": uuid.uuid4().hex[:12]})
+        settings: dict[str, Any] = {
+            "project": stage.log.project,
+            "group": stage.run.name,
+            "job_type": stage.name,
+            "name": f"{stage.run.name}-{stage.name}",
+            "dir": stage.run,
+            "id": json.loads(identity.read_text())["id"],
+            "resume": "allow",
+            "config": redact(stage.tree),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        try:
+            self.wandb = wandb.init(mode=mode, **settings)
+        except wandb.Error as why:
+            if mode == "offline":
+                raise
+            say(f"{stage.name}: W&B cannot be reached ({why}), so this run is recorded offline")
+            mode = "offline"
+            self.wandb = wandb.init(mode=mode, **settings)
         if mode == "offline":
             folder = Path(self.wandb.dir).parent
             say(f"{stage.name}: W&B is offline; `wandb sync {os.path.relpath(folder)}` uploads this run")
@@ -171,21 +182,25 @@ class Recorder:
             artifact.add_reference(target.absolute().as_uri(), checksum=False)
             self.wandb.log_artifact(artifact)
 
-    def scores(self, scores: Mapping[str, float]) -> None:
-        """Final figures, shown as the run's summary."""
-        if self.wandb is not None:
-            self.wandb.summary.update(dict(scores))
-
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if self.wandb is not None:
             import wandb
 
             if self.samples:
                 self.wandb.log({"samples": wandb.Table(columns=["step", "text"], data=self.samples)})
-            self.wandb.finish()
+            self.wandb.finish(exit_code=1 if failure else 0)
+
+
+def chosen_mode() -> Literal["online", "offline", "disabled"]:
+    """What $WANDB_MODE says; without it, online when logged in."""
+    said = os.environ.get("WANDB_MODE")
+    for mode in ("online", "offline", "disabled"):
+        if said == mode:
+            return mode
+    return "online" if logged_in() else "offline"
 
 
 def logged_in() -> bool:
@@ -212,6 +227,6 @@ def _complete_lines(path: Path) -> list[str]:
     """A killed process may leave half a line at the end."""
     if not path.is_file():
         return []
-    return [
-        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    # Not splitlines: a model may have written U+2028, at which that splits, too.
+    *complete, _ = path.read_text(encoding="utf-8").split("\n")
+    return complete

@@ -4,15 +4,18 @@ A process of its own, because DeepSpeed keeps tensor-parallel state in globals t
 over.
 """
 
+import difflib
 import json
-import os
 import subprocess
 import sys
 import time
 from typing import ClassVar
 
-from megachat.config import compose
+from pydantic import model_validator
+
+from megachat.config import ConfigError, compose
 from megachat.log import say
+from megachat.parallel.mesh import passing_on_signals
 from megachat.run import Stage, finished
 
 
@@ -29,25 +32,40 @@ class Pipeline(Stage):
     recipe: str | None
     """The experiment whose settings all stages take; `experiment=quickstart` on the command line sets it."""
 
+    @model_validator(mode="after")
+    def _overrides_reach_a_stage(self) -> "Pipeline":
+        if unknown := [stage for stage in self.overrides if stage not in self.stages]:
+            near = difflib.get_close_matches(unknown[0], self.stages, n=1)
+            raise ValueError(
+                f"overrides.{unknown[0]}: no such stage among stages=[{','.join(self.stages)}]"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        return self
+
     def execute(self) -> None:
         """Runs the stages; every config is checked before the first one starts."""
         commands = {stage: [stage, *self._overrides(stage)] for stage in self.stages}
+        mistakes = []
         for stage, command in commands.items():
-            Stage.of(compose(stage, command[1:]))
+            try:
+                Stage.of(compose(stage, command[1:]))
+            except ConfigError as error:
+                mistakes.append(f"{stage}: {error}")
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
         began = time.monotonic()
         for number, (stage, command) in enumerate(commands.items(), 1):
             say(f"[{number}/{len(commands)}] {stage}")
-            environment = os.environ | {"WANDB_RUN_GROUP": self.run.name}
-            code = subprocess.run(
-                [sys.executable, "-m", "megachat", *command], env=environment, check=False
-            ).returncode
+            child = subprocess.Popen([sys.executable, "-m", "megachat", *command])
+            with passing_on_signals([child]):
+                code = child.wait()
             if code:
                 say(
                     f"pipeline: {stage} failed; `megachat {' '.join(command)}` repeats it, "
                     "the same pipeline goes on from there"
                 )
                 sys.exit(code)
-            if stage not in ("report",) and not finished(self.run / stage):
+            if stage != "report" and not finished(self.run / stage):
                 say(f"pipeline: {stage} was stopped before its end; the same command goes on from there")
                 sys.exit(0)
         say(f"pipeline: {time.monotonic() - began:.0f} s")
@@ -66,13 +84,6 @@ class Pipeline(Stage):
 
     def _overrides(self, stage: str) -> list[str]:
         shared = [f"experiment={self.recipe}"] if self.recipe else []
-        places = (
-            [f"run={self.run}", f"inputs={self.inputs}"] if self.inputs != self.run else [f"run={self.run}"]
-        )
-        return [
-            *shared,
-            *places,
-            f"seed={self.seed}",
-            f"log.wandb={self.log.wandb}",
-            *self.overrides.get(stage, []),
-        ]
+        shared += [f"run={self.run}", f"inputs={self.inputs}", f"seed={self.seed}"]
+        shared += [f"log.{name}={value}" for name, value in self.log]
+        return [*shared, *self.overrides.get(stage, [])]

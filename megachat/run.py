@@ -4,22 +4,20 @@ A stage that has finished leaves `done.json` with its fingerprint: a hash of its
 read. A stage whose fingerprint has not changed need not run again.
 """
 
+import glob
 import hashlib
 import json
 import os
-import re
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import NonNegativeInt, PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from megachat import __version__
-from megachat.config import Config, decode
+from megachat.config import Config, decode, redact
+from megachat.files import replacing, sha256, write_json
 from megachat.log import Log, say
 
 
@@ -29,8 +27,8 @@ class Stage(Config):
     run: Path
     """The run folder this stage writes to, as `<run>/<stage>/`."""
     inputs: Path
-    """The run folder whose finished stages it reads; the same one unless given."""
-    seed: NonNegativeInt
+    """The run folder to take finished stages from that its own does not have; the same one unless given."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Everything random follows from it."""
     log: Log
     """What is printed and recorded."""
@@ -53,6 +51,11 @@ class Stage(Config):
         stage._tree = tree
         return stage
 
+    @property
+    def continues(self) -> bool:
+        """Whether it goes on from what other settings made, instead of starting over."""
+        return False
+
     def reads(self) -> list[str]:
         """The stages whose output this one needs."""
         return []
@@ -72,10 +75,15 @@ class Stage(Config):
         assert self._tree, "made by hand, not by Stage.of"
         return self._tree
 
+    def source(self, stage: str) -> Path:
+        """Where to look for an earlier stage: in this run if it has finished here, else in `inputs`."""
+        own = self.run / stage
+        return own if finished(own) else self.inputs / stage
+
     def input(self, stage: str) -> Path:
         """The folder of a finished earlier stage."""
-        folder = self.inputs / stage
-        if not (folder / "done.json").is_file():
+        folder = self.source(stage)
+        if not finished(folder):
             raise ValueError(
                 f"{self.name} reads the output of `{stage}`, which has not finished in {self.inputs}; "
                 f"run `megachat {stage} run={self.inputs}` first, or name another run with inputs=..."
@@ -89,7 +97,7 @@ class Stage(Config):
         """
         apart = {"run", "inputs", "log", *self.neutral}
         settings = {key: value for key, value in self.tree.items() if key not in apart}
-        inputs = {name: finished(self.inputs / name).get("outputs") for name in self.reads()}
+        inputs = {name: finished(self.source(name)).get("outputs") for name in self.reads()}
         text = json.dumps([__version__, settings, inputs, external(settings)], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -99,13 +107,14 @@ def perform(stage: Stage) -> None:
     if stage.trains or not stage.recorded:
         stage.execute()
     elif begin(stage):
+        record_config(stage)
         started = time.monotonic()
         stage.execute()
         finish(stage, time.monotonic() - started)
 
 
 def begin(stage: Stage) -> bool:
-    """Prepares the stage's folder; False when it has finished with the same settings and inputs.
+    """Makes way for the stage; False when it has finished with the same settings and inputs.
 
     What other settings made is not deleted but moved to `<run>/replaced/`.
     """
@@ -115,30 +124,24 @@ def begin(stage: Stage) -> bool:
     if done.get("fingerprint") == stage.fingerprint():
         say(f"{stage.name}: already finished in {stage.folder}, and nothing has changed since")
         return False
-    if done:
+    if done and stage.continues:
+        (stage.folder / "done.json").unlink()
+    elif done:
         aside = stage.run / "replaced" / f"{stage.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        while aside.exists():  # twice in a second
+            aside = aside.with_name(f"{aside.name}-again")
         aside.parent.mkdir(parents=True, exist_ok=True)
         stage.folder.rename(aside)
         say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}")
-    stage.folder.mkdir(parents=True, exist_ok=True)
+    return True
+
+
+def record_config(stage: Stage) -> None:
+    """Writes down the settings that the stage runs with, but for secrets."""
     with replacing(stage.folder / "config.yaml") as temporary:
         temporary.write_text(
             yaml.safe_dump(redact(stage.tree), sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
-    return True
-
-
-SECRET = re.compile(r"(^|_)(api_?key|key|secret|password|passwd|access_token|auth_token)$", re.IGNORECASE)
-"""Names of settings whose values are not written anywhere."""
-
-
-def redact(node: Any) -> Any:
-    """A config without its secrets."""
-    if isinstance(node, dict):
-        return {
-            key: "(redacted)" if SECRET.search(str(key)) else redact(value) for key, value in node.items()
-        }
-    return [redact(item) for item in node] if isinstance(node, list) else node
 
 
 def external(node: Any) -> list[str]:
@@ -147,12 +150,10 @@ def external(node: Any) -> list[str]:
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ("path", "paths"):
-                for name in value if isinstance(value, list) else [value]:
-                    for path in (
-                        sorted(Path().glob(str(name))) if not os.path.isabs(str(name)) else [Path(name)]
-                    ):
-                        if path.is_file():
-                            found.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
+                for pattern in value if isinstance(value, list) else [value]:
+                    for name in sorted(glob.glob(str(pattern), recursive=True)):
+                        if os.path.isfile(name):
+                            found.append(f"{name} {os.path.getsize(name)} {os.stat(name).st_mtime_ns}")
             else:
                 found += external(value)
     elif isinstance(node, list):
@@ -182,51 +183,3 @@ def finish(stage: Stage, seconds: float) -> None:
             outputs[str(path.relative_to(stage.folder))] = sha256(path)
     record = {"fingerprint": stage.fingerprint(), "seconds": round(seconds, 3), "outputs": outputs}
     write_json(stage.folder / "done.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes its place, whole or not at all.
-
-    A file is fsynced and renamed; a folder is fsynced file by file and renamed. On an error nothing is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if temporary.is_dir():
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    fsync(file)
-            if path.is_dir():
-                shutil.rmtree(path)
-        else:
-            fsync(temporary)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 import megachat
-from megachat.config import CONF, Config, ConfigError, compose, decode, stages
+from megachat.config import Config, ConfigError, compose, decode
 from megachat.run import Stage
+from megachat.stages import CONF, stages
 
 STAGES = sorted(stages())
 EXPERIMENTS = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())

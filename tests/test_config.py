@@ -11,7 +11,9 @@ import pytest
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 
 from megachat import config
-from megachat.config import Config, ConfigError, compose, decode, rewrite, stages
+from megachat import stages as listing
+from megachat.config import Config, ConfigError, compose, decode, rewrite
+from megachat.stages import stages
 
 
 class Optimizer(Config, ABC):
@@ -90,7 +92,8 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "conf" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(line.removeprefix(" " * 8) for line in text.splitlines()) + "\n")
-    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
+    for reader in (config, listing):
+        monkeypatch.setattr(reader, "CONF", tmp_path / "conf")
     module = ModuleType("megachat.sample")
     for item in (Optimizer, AdamW, Model, Train):
         setattr(module, item.__name__, item)
@@ -272,6 +275,7 @@ UNLEXABLE = [
     "a=b",
     "back\\slash",
     "it's C:\\",
+    r"What's \d in a regex, or \'?",
     "two\nlines",
     "",
     "}",

@@ -23,6 +23,8 @@ ALIGN = {
         "max_new_tokens=16", "critic_first=0", "validation_prompts=4",
     ],
 }  # fmt: skip
+SMALL = [*TINY, "context=128", "model.context=128"]
+"""The settings of `pretrain`; the last one of a name counts."""
 FUNCTIONS = {"conversations": ["sft"], "preferences": ["rm", "dpo"], "prompts": ["ppo"]}
 
 
@@ -48,20 +50,13 @@ def losses(run: Path, stage: str) -> list[float]:
 def chain(run: Path, device: str) -> None:
     """Pretraining, SFT, RM, DPO and PPO of a tiny model: 20 optimizer steps each, then greedy generation."""
     precision = "parallel.precision=bf16" if device == "cuda" else "parallel.precision=fp32"
-    tiny = [
-        text
-        for text in TINY
-        if not text.startswith(("parallel.precision", "tokens", "context", "model.context"))
-    ]
     megachat(
         "pretrain",
         run,
         device,
         "model=gpt_3m",
-        *tiny,
+        *SMALL,
         "tokens=20480",
-        "context=128",
-        "model.context=128",
         precision,
     )
     for stage, settings in ALIGN.items():
@@ -110,21 +105,8 @@ def test_a_run_saved_on_the_gpu_goes_on_there_from_its_checkpoint(
     both: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run, source = tmp_path / "resumed", both[0]
-    tiny = [
-        text
-        for text in TINY
-        if not text.startswith(("parallel.precision", "tokens", "context", "model.context"))
-    ]
-    common = [
-        "model=gpt_3m",
-        *tiny,
-        "context=128",
-        "model.context=128",
-        "parallel.precision=bf16",
-        f"inputs={source}",
-    ]
+    common = ["model=gpt_3m", *SMALL, "parallel.precision=bf16", f"inputs={source}"]
     megachat("pretrain", run, "cuda", *common, "tokens=10240", "schedule=constant")
-    (run / "pretrain" / "done.json").unlink()
     megachat("pretrain", run, "cuda", *common, "tokens=20480", "schedule=constant", "resume=any")
     straight = tmp_path / "straight"
     megachat("pretrain", straight, "cuda", *common, "tokens=20480", "schedule=constant")

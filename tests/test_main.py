@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megachat.__main__ import main
+from megachat.stages import ORDER
 from tests.tiny_run import TINY, environment, make, rows
 
 
@@ -28,19 +29,7 @@ def test_help_lists_every_stage_and_imports_nothing_heavy(
 ) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    for stage in (
-        "clean",
-        "tokenizer",
-        "encode",
-        "pretrain",
-        "sft",
-        "rm",
-        "ppo",
-        "dpo",
-        "evaluate",
-        "report",
-        "pipeline",
-    ):
+    for stage in ORDER:
         assert f"\n  {stage} " in printed
     begun = time.monotonic()
     listed = megachat("--help", cwd=tmp_path)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from megachat.config import compose, decode, stages
+from megachat.config import compose, decode
+from megachat.stages import stages
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "README.zh-CN.md", "slurm/README.md", ".github/CONTRIBUTING.md"]

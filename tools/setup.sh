@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Makes .venv ready to use: `bash tools/setup.sh` to run megachat, `bash tools/setup.sh dev` to work on it, too.
+# `bash tools/setup.sh gpu` on a machine without a GPU, such as a cluster's login node, for others that have them.
 # Quick when nothing has changed. PYTHON=python3.12 chooses the Python that a new .venv is made with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv log=.venv/setup.log
 
-extras=(); [[ ${1:-} == dev ]] && extras+=(dev)
-nvidia-smi -L >/dev/null 2>&1 && extras+=(gpu)
+extras=()
+[[ " $* " == *" dev "* ]] && extras+=(dev)
+[[ " $* " == *" gpu "* ]] || nvidia-smi -L >/dev/null 2>&1 && extras+=(gpu)
 wanted=$(IFS=,; echo "${extras[*]:-}")
 # The folder is part of it: a moved .venv still names its old place in every script it holds.
 stamp() { { cat pyproject.toml tools/constraints.txt tools/setup.sh; echo "$PWD $1"; } | cksum; }
@@ -16,9 +18,11 @@ done
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
 has_venv() { "$1" -c 'import venv, ensurepip' >/dev/null 2>&1; }
+candidates=(python3 python3.12 python3.11 python3.13)
+[[ ${PYTHON:-} ]] && candidates=("$PYTHON")
 find_python() {
     local candidate bare=
-    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+    for candidate in "${candidates[@]}"; do
         fits "$candidate" || continue
         has_venv "$candidate" && { echo "$candidate"; return; }
         bare=${bare:-$candidate}
@@ -28,7 +32,7 @@ find_python() {
         echo "$bare cannot make virtual environments (it lacks ensurepip)." >&2
         echo "On Debian or Ubuntu: sudo apt-get install $version-venv" >&2
     else
-        echo "megachat needs Python 3.11, 3.12 or 3.13, and found none of them among: ${PYTHON:-python3 python3.12 python3.11 python3.13}." >&2
+        echo "megachat needs Python 3.11, 3.12 or 3.13, and found none of them among: ${candidates[*]}." >&2
         echo "On Debian 12 or Ubuntu 24.04: sudo apt-get install python3 python3-venv. Elsewhere: uv python install 3.12, or python.org." >&2
     fi
     return 1
@@ -57,6 +61,10 @@ cpu=https://download.pytorch.org/whl/cpu
 if [[ $wanted != *gpu* && $(uname -s) == Linux ]] &&
         "$venv/bin/python" -c "import urllib.request as r; r.urlopen('$cpu/', timeout=3)" 2>/dev/null; then
     install torch --extra-index-url "$cpu"
+fi
+if [[ $wanted == *gpu* ]] && "$venv/bin/python" -c "import sys, torch; sys.exit(torch.version.cuda is not None)" 2>/dev/null
+then
+    "$venv/bin/python" -m pip uninstall --quiet --yes torch   # a build for the CPU, which pip would let stay
 fi
 install --editable ".${wanted:+[$wanted]}"
 stamp "$wanted" > "$venv/ready"

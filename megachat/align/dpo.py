@@ -4,7 +4,7 @@ The policy learns to prefer `chosen` to `rejected` by more than a frozen copy of
 Log-probabilities are summed over the answer's tokens, not averaged: averaging favours long answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
@@ -13,11 +13,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.logprobs import answer_logps, token_logps
-from megachat.align.pairs import Data, Pair, Pairs, collate, own, parts, rendered, training_batches
+from megachat.align.pairs import Data, Pair, Pairs, collate, own, rendered, training_batches
 from megachat.align.rows import Rows
 from megachat.align.start import frozen, language_model, without_dropout
 from megachat.data.conversations import Preferences
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.loop import Batch, Losses, Running, Task, parts
 
 
 def preference(
@@ -73,7 +73,7 @@ class DPO(Task):
         train, held_out = self.preferences.preferences("train"), self.preferences.preferences("held_out")
         run.data = Data(
             rendered(train, run.tokenizer, self.context),
-            rendered(held_out, run.tokenizer, self.context) if held_out else [],
+            rendered(held_out, run.tokenizer, self.context, needed=False),
         )
         return max(1, round(self.epochs * len(run.data.train) / self.batch))
 
@@ -83,9 +83,9 @@ class DPO(Task):
 
     def loss(self, run: Running, batch: Pairs) -> Losses:
         """The DPO loss, summed over pairs."""
-        policy = of_pair(run.engines["model"](batch.rows.tokens), batch.rows)
+        policy = of_pair(run.engines["model"], batch.rows)
         with run.engines["model"].inference():  # the same precision as the policy's
-            reference = of_pair(run.frozen["reference"](batch.rows.tokens), batch.rows)
+            reference = of_pair(run.frozen["reference"], batch.rows)
         more = preference(policy, reference)
         loss = dpo_loss(policy, reference, self.beta, self.smoothing)
         if self.imitation:
@@ -106,8 +106,8 @@ class DPO(Task):
         with run.engines["model"].inference() as model:
             for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
                 rows = collate(part, run).rows
-                policy = of_pair(model(rows.tokens), rows)
-                reference = of_pair(run.frozen["reference"](rows.tokens), rows)
+                policy = of_pair(model, rows)
+                reference = of_pair(run.frozen["reference"], rows)
                 loss += dpo_loss(policy, reference, self.beta, self.smoothing).sum().item()
                 right += (preference(policy, reference) > 0).sum().item()
                 pairs += len(part)
@@ -115,8 +115,8 @@ class DPO(Task):
         return {"loss": loss / pairs, "accuracy": right / pairs} if pairs else {}
 
 
-def of_pair(logits: Float[Tensor, "rows seq vocab"], rows: Rows) -> Pair[Tensor]:
-    """The log-probability of each answer of a batch that holds the chosen ones first."""
-    logps = answer_logps(token_logps(logits, rows.labels), rows.mask)
-    chosen, rejected = logps.chunk(2)
+def of_pair(model: Callable[..., Tensor], rows: Rows) -> Pair[Tensor]:
+    """The log-probability of each answer under a model, in a batch that holds the chosen ones first."""
+    logps = token_logps(model(rows.tokens, where=rows.mask), rows.labels)
+    chosen, rejected = answer_logps(logps, rows.mask).chunk(2)
     return Pair(chosen, rejected)

@@ -1,8 +1,8 @@
 """How likely a model finds tokens: per token, per answer, and how undecided it is (entropy).
 
-Everything is computed in fp32 at least, and only at the positions that count: a prompt's logits are never
-turned into probabilities, which saves most of the memory, and a NaN in a masked slot reaches neither loss nor
-gradient. (Multiplying by a mask would not do: NaN * 0 is NaN.)
+Everything is computed in fp32 at least, and only at the positions that count: the model is asked for no other
+logits (`where=labels != IGNORE`), which saves most of the memory and a good part of the time, and a NaN in a
+masked slot reaches neither loss nor gradient. (Multiplying by a mask would not do: NaN * 0 is NaN.)
 """
 
 import torch
@@ -14,15 +14,15 @@ from megachat.train.losses import IGNORE
 
 
 def token_logps(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"], temperature: float = 1.0
+    logits: Float[Tensor, "chosen vocab"], labels: Int[Tensor, "batch seq"], temperature: float = 1.0
 ) -> Float[Tensor, "batch seq"]:
     """log p(label) at each position, 0.0 where the label is `IGNORE`. Labels are already shifted.
 
-    `temperature` is what the tokens were sampled at; at another, these are not the sampler's probabilities.
+    `logits` are those of the positions with a label, row by row. `temperature` is what the tokens were
+    sampled at; at another, these are not the sampler's probabilities.
     """
     counts = labels != IGNORE
-    chosen = _wide(logits[counts]) / temperature  # tokens vocab
-    logps = -F.cross_entropy(chosen, labels[counts], reduction="none")
+    logps = -F.cross_entropy(_wide(logits) / temperature, labels[counts], reduction="none")
     return logps.new_zeros(labels.shape).masked_scatter(counts, logps)
 
 
@@ -34,10 +34,13 @@ def answer_logps(
 
 
 def entropy(
-    logits: Float[Tensor, "batch seq vocab"], mask: Bool[Tensor, "batch seq"], temperature: float = 1.0
+    logits: Float[Tensor, "chosen vocab"], mask: Bool[Tensor, "batch seq"], temperature: float = 1.0
 ) -> Float[Tensor, "batch seq"]:
-    """The entropy in nats of the next token at each position, 0.0 where the mask is 0."""
-    logps = F.log_softmax(_wide(logits[mask]) / temperature, dim=-1)
+    """The entropy in nats of the next token at each position of the mask, 0.0 elsewhere.
+
+    `logits` are those of the positions in the mask, row by row.
+    """
+    logps = F.log_softmax(_wide(logits) / temperature, dim=-1)
     # exp(-inf) * -inf is NaN, its limit is 0: a token of probability 0 adds nothing.
     nats = -torch.where(logps.isneginf(), 0.0, logps.exp() * logps).sum(-1)
     return nats.new_zeros(mask.shape).masked_scatter(mask, nats)

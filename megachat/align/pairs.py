@@ -14,7 +14,7 @@ from megachat.data.conversations import Preference
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.chat_format import render_answer, render_prompt
 from megachat.tokenizer.tokenizer import Tokenizer
-from megachat.train.loop import Batch, Running, Task
+from megachat.train.loop import Batch, Running, Task, parts
 
 T = TypeVar("T")
 
@@ -44,7 +44,9 @@ class Data:
     """Pairs that are only measured."""
 
 
-def rendered(preferences: Sequence[Preference], tokenizer: Tokenizer, context: int) -> list[Pair[Rendered]]:
+def rendered(
+    preferences: Sequence[Preference], tokenizer: Tokenizer, context: int, needed: bool = True
+) -> list[Pair[Rendered]]:
     """Prompt and answer as tokens, trained on from the first token of the answer to its stop token."""
     pairs = []
     for preference in preferences:
@@ -56,7 +58,7 @@ def rendered(preferences: Sequence[Preference], tokenizer: Tokenizer, context: i
 
         pairs.append(Pair(with_answer(preference.chosen), with_answer(preference.rejected)))
     return that_fit(
-        pairs, lambda pair: max(len(pair.chosen[0]), len(pair.rejected[0])), context, "preferences"
+        pairs, lambda pair: max(len(pair.chosen[0]), len(pair.rejected[0])), context, "preferences", needed
     )
 
 
@@ -78,11 +80,6 @@ def training_batches(task: Task, run: Running, pairs: Sequence[Pair[Rendered]]) 
         first = run.progress.samples + run.mesh.data_rank * share
         chosen = [pairs[index] for index in drawn(len(pairs), task.seed, first, share)]
         yield [collate(part, run) for part in parts(chosen, task.micro_batch)]
-
-
-def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """The items in groups of at most `size`."""
-    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def own(items: Sequence[T], mesh: Mesh) -> Sequence[T]:

@@ -189,13 +189,17 @@ class PPO(Task):
 
     def _rendered(self, split: Split, run: Running) -> list[list[int]]:
         prompts = [render_prompt(prompt.messages, run.tokenizer) for prompt in self.prompts.prompts(split)]
-        return that_fit(prompts, len, self.context - self.max_new_tokens, "prompts") if prompts else []
+        return that_fit(prompts, len, self.context - self.max_new_tokens, "prompts", needed=split == "train")
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """Samples a rollout, then goes over it `epochs` times in batches, each time in another order."""
         while True:
             number = run.progress.step // self.steps
-            assert run.progress.step % self.steps == 0, "a rollout cannot be resumed in its middle"
+            if run.progress.step % self.steps:
+                raise ValueError(
+                    f"step {run.progress.step} is in the middle of a rollout of {self.steps} steps; "
+                    "keep rollout, batch and epochs as they were when the checkpoint was written"
+                )
             begun = time.monotonic()
             rollout = self._sample(run, number)
             rewards = self._rewards(rollout)
@@ -235,10 +239,10 @@ class PPO(Task):
         )
 
     def _logps(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch seq"]:
-        return token_logps(model(rows.tokens), rows.labels, self.temperature)
+        return token_logps(model(rows.tokens, where=rows.mask), rows.labels, self.temperature)
 
     def _logps_and_entropies(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch 2 seq"]:
-        logits = model(rows.tokens)
+        logits = model(rows.tokens, where=rows.mask)
         logps = token_logps(logits, rows.labels, self.temperature)
         return torch.stack([logps, entropy(logits, rows.mask, self.temperature)], dim=1)
 

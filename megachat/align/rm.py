@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from megachat.align.pairs import Data, Pairs, collate, own, parts, rendered, training_batches
+from megachat.align.pairs import Data, Pairs, collate, own, rendered, training_batches
 from megachat.align.start import language_model
 from megachat.data.conversations import Preferences
 from megachat.model.heads import Scalar
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.loop import Batch, Losses, Running, Task, parts
 
 
 def bradley_terry(
@@ -65,7 +65,7 @@ class RM(Task):
         train, held_out = self.preferences.preferences("train"), self.preferences.preferences("held_out")
         run.data = Data(
             rendered(train, run.tokenizer, self.context),
-            rendered(held_out, run.tokenizer, self.context) if held_out else [],
+            rendered(held_out, run.tokenizer, self.context, needed=False),
         )
         return max(1, round(self.epochs * len(run.data.train) / self.batch))
 

@@ -15,10 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megachat.align.advantages import gae, whiten
-from megachat.align.pairs import parts
 from megachat.align.rows import Rendered, Rows
 from megachat.model.generate import Sampling, generate
-from megachat.train.loop import Running
+from megachat.train.loop import Running, parts
 
 
 @dataclass(frozen=True)

@@ -118,10 +118,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def that_fit(items: Sequence[T], longest: Callable[[T], int], context: int, what: str) -> list[T]:
-    """The items whose longest row is within the context. How many are left out is said aloud."""
+def that_fit(
+    items: Sequence[T], longest: Callable[[T], int], context: int, what: str, needed: bool = True
+) -> list[T]:
+    """The items whose longest row is within the context. How many are left out is said aloud.
+
+    None at all is an error if they are `needed`, to train on.
+    """
     kept = [item for item in items if longest(item) <= context]
-    if not kept:
+    if needed and not items:
+        raise ValueError(f"no {what} to train on; keep a smaller share of them for validation, or add some")
+    if needed and not kept:
         raise ValueError(
             f"none of the {len(items):,} {what} fits in {context} tokens; "
             "use a larger context, or shorter texts"

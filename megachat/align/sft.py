@@ -5,23 +5,23 @@ learns to stop. Conversations are packed into rows of one length and cannot see 
 what its tokens cost and its loss is that of its conversations one by one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.logprobs import token_logps
-from megachat.align.pairs import own, parts
+from megachat.align.pairs import own
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
 from megachat.data.conversations import Conversation, Conversations, Message, share
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.tokenizer.chat_format import render, render_prompt
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.loop import Batch, Losses, Running, Task, parts
 from megachat.train.losses import IGNORE
 
 
@@ -74,13 +74,13 @@ class SFT(Task):
         held_out: list[Conversation] = []
         for conversation in self.conversations.conversations():
             (held_out if share(opening(conversation)) < self.validation else train).append(conversation)
-        run.data = Material(self._packed(train, run), self._packed(held_out, run) if held_out else [])
+        run.data = Material(self._packed(train, run, True), self._packed(held_out, run, False))
         say(f"sft: {len(train):,} conversations in {len(run.data.rows):,} rows of {self.context} tokens")
         return max(1, round(self.epochs * len(run.data.rows) / self.batch))
 
-    def _packed(self, conversations: list[Conversation], run: Running) -> list[list[Rendered]]:
+    def _packed(self, conversations: list[Conversation], run: Running, needed: bool) -> list[list[Rendered]]:
         rendered = [render(conversation, run.tokenizer) for conversation in conversations]
-        fitting = that_fit(rendered, lambda one: len(one[0]), self.context, "conversations")
+        fitting = that_fit(rendered, lambda one: len(one[0]), self.context, "conversations", needed)
         rows = pack([len(tokens) for tokens, _ in fitting], self.context)
         return [[fitting[item] for item in row] for row in rows]
 
@@ -105,8 +105,11 @@ class SFT(Task):
 
     def loss(self, run: Running, batch: Said) -> Losses:
         """-log p, summed over what the assistant says."""
-        logits = run.engines["model"](batch.inputs, batch.documents)
-        return Losses({"model": -token_logps(logits, batch.labels).sum()})
+        return Losses({"model": -self._logps(run.engines["model"], batch).sum()})
+
+    def _logps(self, model: Callable[..., Tensor], batch: Said) -> Float[Tensor, "batch seq"]:
+        logits = model(batch.inputs, batch.documents, where=batch.labels != IGNORE)
+        return token_logps(logits, batch.labels)
 
     def measure(self, run: Running) -> dict[str, float]:
         """The loss per token on conversations that are not trained on."""
@@ -114,7 +117,7 @@ class SFT(Task):
         with run.engines["model"].inference() as model:
             for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
                 batch = self._collate(part, run)
-                nats -= token_logps(model(batch.inputs, batch.documents), batch.labels).sum().item()
+                nats -= self._logps(model, batch).sum().item()
                 tokens += batch.weight
         nats, tokens = run.mesh.sum(nats), run.mesh.sum(tokens)
         return {"loss": nats / tokens} if tokens else {}

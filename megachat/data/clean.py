@@ -25,8 +25,9 @@ from megachat.data.dedup import SCHEME, Dedup, Indices, digest, exact_copies
 from megachat.data.document import Document, read_documents, write_documents
 from megachat.data.filters import Filter, language_of, normalise
 from megachat.data.sources import Source
+from megachat.files import write_json
 from megachat.log import say, track
-from megachat.run import Stage, write_json
+from megachat.run import Stage
 
 BATCH = 1_000_000
 """Characters given to a process at a time. A corpus no larger is cleaned without other processes."""
@@ -74,6 +75,7 @@ class Clean(Stage):
     """Collects, cleans and deduplicates text."""
 
     name: ClassVar[str] = "clean"
+    neutral: ClassVar[tuple[str, ...]] = ("processes",)
 
     corpus: dict[str, Source]
     """Where the text comes from; of two copies the one from the earlier source stays."""

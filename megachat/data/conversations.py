@@ -102,12 +102,12 @@ class Prompts(Config):
         raise NotImplementedError
 
     def seen(self, count: int) -> list[Prompt]:
-        """For evaluation: at most `count` prompts like those trained on, with their true answers."""
-        raise NotImplementedError
+        """For evaluation: at most `count` prompts that fine-tuning reads word for word, if that is known."""
+        return []
 
     def unseen(self, count: int) -> list[Prompt]:
-        """For evaluation: at most `count` prompts that are never trained on, with their true answers."""
-        raise NotImplementedError
+        """For evaluation: at most `count` prompts that are never trained on."""
+        return self.prompts("held_out")[:count]
 
 
 class JsonConversations(Conversations):
@@ -169,14 +169,6 @@ class JsonPrompts(Prompts):
             return Prompt(prompt, answer, str(record.get("kind", "")))
 
         return of_split(read_json_lines(self.path, read), split, self.held_out, lambda item: item.messages)
-
-    def seen(self, count: int) -> list[Prompt]:
-        """The first of `train` that have an answer."""
-        return [prompt for prompt in self.prompts("train") if prompt.answer][:count]
-
-    def unseen(self, count: int) -> list[Prompt]:
-        """The first of `held_out` that have an answer."""
-        return [prompt for prompt in self.prompts("held_out") if prompt.answer][:count]
 
 
 def ask(question: str) -> tuple[Message, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import zstandard
 
-from megachat.run import replacing
+from megachat.files import replacing
 
 SHARDS = "text-*.jsonl.zst"
 

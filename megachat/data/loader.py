@@ -30,8 +30,9 @@ class TokenWindows:
         self.shard, self.length = shard, length
         if len(self) < 1:
             raise ValueError(
-                f"the corpus has {len(shard.tokens):,} tokens, but one window of {length:,} and the label "
-                f"after it take {length + 1:,}; add text, or make the window shorter"
+                f"{shard.path} has {len(shard.tokens):,} tokens, but one window of {length:,} and the label "
+                f"after it take {length + 1:,}; add text, use a smaller context, or, if it is the validation "
+                "shard that is short, encode again with a larger validation=..."
             )
 
     def __len__(self) -> int:

@@ -94,6 +94,8 @@ KINDS = ("other", "truncated", "other", "garbled")
 
 Every second one is of the first kind: the others show in the answer alone, that one only beside the question.
 """
+FLAWS = ("truncated", "garbled")
+"""The kinds that show in the answer alone."""
 
 SMALL_TALK = (
     ("Hello", "Hello! Ask me about the Python standard library."),
@@ -157,26 +159,37 @@ class PythonPreferences(Preferences):
     """The share of functions never trained on: their preferences show what a reward model has learnt."""
     variants: Variants
     """Preferences per function; 4 give each kind, and another function's sentence twice."""
+    further: NonNegativeInt
+    """More functions, asked about to show flaws alone: what is wrong in itself is learnt from many answers,
+    whose answer it is from few that come often."""
+    further_variants: Variants
+    """Preferences for each of those."""
     seed: NonNegativeInt
     """Decides how each question is asked and how each answer is spoilt; the data's own, not the stage's."""
 
     def preferences(self, split: Split) -> list[Preference]:
         """One per function and way of asking; both splits use `SEEN` and `PRACTICE` phrasings."""
-        train, held_out = split_entries(self.modules, self.functions, self.held_out)
+        often = self._entries(self.functions, split)
+        chosen = self._entries(self.functions + self.further, split)
         # Wrong answers are of the same split: used in training, a held-out sentence would be learnt as bad.
-        chosen = train if split == "train" else held_out
-        spoiler = Spoiler(chosen)
+        # And they are right answers elsewhere: one that never is would be known without its question.
+        spoiler = Spoiler(often)
         made = []
         for entry in chosen:
+            kinds, variants = (KINDS, self.variants) if entry in often else (FLAWS, self.further_variants)
             dice = random.Random(f"{self.seed} preferences {entry.name}")
-            turn = dice.randrange(len(KINDS))
+            turn = dice.randrange(len(kinds))
             phrasings = in_order(SEEN + PRACTICE, self.seed, "preferences", entry)
-            for i, phrasing in enumerate(phrasings[: self.variants]):
-                kind = KINDS[(turn + i) % len(KINDS)]
+            for i, phrasing in enumerate(phrasings[:variants]):
+                kind = kinds[(turn + i) % len(kinds)]
                 rejected = spoiler.spoil(entry, kind, dice)
                 made.append(Preference(ask(question(phrasing, entry)), entry.sentence, rejected, kind))
         random.Random(self.seed).shuffle(made)
         return made
+
+    def _entries(self, functions: int, split: Split) -> list[Entry]:
+        train, held_out = split_entries(self.modules, functions, self.held_out)
+        return train if split == "train" else held_out
 
 
 class PythonPrompts(Prompts):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megachat.run import replacing
+from megachat.files import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -91,6 +91,8 @@ class ShardWriter:
 class Shard:
     """A shard to read."""
 
+    path: Path
+    """The file of the ids."""
     documents: NDArray[np.int64]
     """Where each document begins in `tokens`, and at the end how many tokens there are."""
     tokens: NDArray[Any]
@@ -98,6 +100,7 @@ class Shard:
 
     def __init__(self, prefix: Path) -> None:
         index, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        self.path = binary
         for path in (index, binary):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; `megachat encode` writes it")

@@ -6,6 +6,7 @@ never skipped: what is silently left out of a corpus is found when the model is 
 
 import glob
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -50,7 +51,7 @@ class JsonLines(Source):
             for number, line in read_lines(path):
                 if line.strip():
                     text = self._text(path, number, line)
-                    yield Document(id=f"{path}:{number}", text=text, source=self.name)
+                    yield Document(id=f"{readable(path)}:{number}", text=text, source=self.name)
 
     def _text(self, path: Path, number: int, line: str) -> str:
         try:
@@ -77,11 +78,11 @@ class PlainText(Source):
     def documents(self) -> Iterator[Document]:
         for path in files(self.paths):
             lines = [line for _, line in read_lines(path)]
-            yield Document(id=str(path), text="\n".join(lines), source=self.name)
+            yield Document(id=readable(path), text="\n".join(lines), source=self.name)
 
 
 class Parquet(Source):
-    """A column of text in Parquet files; needs `pip install pyarrow`."""
+    """A column of text in Parquet files."""
 
     name: str
     """What the reports call it."""
@@ -113,9 +114,14 @@ class Parquet(Source):
                                 raise ValueError(
                                     f"{path}:{row}: {value!r} is no text; delete the row or mend it"
                                 )
-                            yield Document(id=f"{path}:{row}", text=value, source=self.name)
+                            yield Document(id=f"{readable(path)}:{row}", text=value, source=self.name)
             except (pyarrow.ArrowException, OSError, EOFError, zstandard.ZstdError) as why:
                 raise ValueError(f"{path}:{row + 1}: cannot be read ({why}); fetch the file again") from None
+
+
+def readable(path: Path) -> str:
+    """A path as text that can be written as UTF-8, whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def files(patterns: list[str]) -> list[Path]:

@@ -18,17 +18,17 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from megachat.data.conversations import Preference, Preferences, Prompt, Prompts
 from megachat.data.loader import TokenWindows
-from megachat.data.questions import PythonPrompts
 from megachat.data.shards import Shard
 from megachat.evals.answers import Answer, answer, best_device, context_of, divergences, rewards
 from megachat.evals.bits import bits_per_byte, spread
 from megachat.evals.recall import recall
 from megachat.evals.score import Score, mean
 from megachat.evals.wins import outcome, win_rate, win_rate_by_reward
+from megachat.files import write_json
 from megachat.log import say
 from megachat.model.generate import Sampling
 from megachat.parallel.checkpoint import Loaded, load_model
-from megachat.run import Stage, finished, write_json
+from megachat.run import Stage, finished
 from megachat.tokenizer.chat_format import render_answer, render_prompt
 
 
@@ -66,7 +66,7 @@ class Evaluate(Stage):
     def reads(self) -> list[str]:
         """Whatever has finished of what it can score: one stage more, and there is something to do again."""
         stages = ("encode", "pretrain", "sft", "rm", *self.policies)
-        return [stage for stage in stages if finished(self.inputs / stage)]
+        return [stage for stage in stages if finished(self.source(stage))]
 
     def execute(self) -> None:
         """Scores what has finished."""
@@ -108,10 +108,9 @@ class Evaluate(Stage):
         if loaded is None:
             return None
         results.scores |= self.bits(loaded, "bits_per_byte_sft")
-        seen, unseen = self.ask_about()
-        asked = Asked(loaded, fitting(unseen, loaded, self.sampling))
+        asked = Asked(loaded, fitting(self.prompts.unseen(self.questions), loaded, self.sampling))
         for name, prompts in (
-            ("recall_seen", fitting(seen, loaded, self.sampling)),
+            ("recall_seen", fitting(self.prompts.seen(self.questions), loaded, self.sampling)),
             ("recall_unseen", asked.prompts),
         ):
             known = [prompt for prompt in prompts if prompt.answer]
@@ -147,6 +146,9 @@ class Evaluate(Stage):
         loaded = self.load(policy, f"{policy}_win_rate")
         if loaded is None:
             return
+        if not asked.prompts:
+            say(f"evaluate: {policy} is left out, there is no question to compare it with SFT on")
+            return
         answers = self.answers(loaded, asked.prompts, self.sampling, f"{policy} answers")
         known = [row for row, prompt in enumerate(asked.prompts) if prompt.answer]
         if known:
@@ -171,32 +173,21 @@ class Evaluate(Stage):
 
     def load(self, stage: str, missing: str) -> Loaded | None:
         """A stage's model; None, and a line that says so, if it has not finished."""
-        if not finished(self.inputs / stage):
+        if not finished(self.source(stage)):
             say(f"evaluate: {missing} is left out, `{stage}` has not finished in {self.inputs}")
             return None
-        return load_model(self.inputs / stage, device=best_device(self.device))
+        return load_model(self.source(stage), device=best_device(self.device))
 
     def bits(self, loaded: Loaded, name: str) -> dict[str, Score]:
         """Bits per byte of windows spread evenly over the validation shard."""
-        if not finished(self.inputs / "encode"):
+        if not finished(self.source("encode")):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
         length = self.context or context_of(loaded.model)
-        source = TokenWindows(Shard(self.inputs / "encode" / "validation"), length)
+        source = TokenWindows(Shard(self.source("encode") / "validation"), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes
         return {name: bits_per_byte(loaded.model, windows, lengths, self.batch, self.seed, name)}
-
-    def ask_about(self) -> tuple[list[Prompt], list[Prompt]]:
-        """The questions of recall_seen, and those of everything else."""
-        if not isinstance(self.prompts, PythonPrompts):
-            return [], self.prompts.prompts("held_out")[: self.questions]
-        unseen: dict[Prompt, None] = {}
-        # Each function is asked about once; where there are too few functions, again in other words.
-        for again in range(4):
-            other = self.prompts.model_copy(update={"seed": self.prompts.seed + again})
-            unseen |= dict.fromkeys(other.unseen(self.questions))
-        return self.prompts.seen(self.questions), list(unseen)[: self.questions]
 
     def answers(
         self, loaded: Loaded, prompts: Sequence[Prompt], sampling: Sampling, what: str

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 from megachat import __version__
 from megachat.evals.page import Facts, page
 from megachat.evals.plots import Line, Plot
+from megachat.files import replacing, write_json
 from megachat.log import say
-from megachat.run import Stage, finished, replacing, write_json
+from megachat.run import Stage, finished
 
 ORDER = ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate")
 """Stages in the order they run; others come after, by name."""

@@ -2,7 +2,8 @@
 
 With `qk_norm` it computes what Qwen3 computes, without it what Llama does; the tests compare the logits.
 How long the vocabulary is, is the tokenizer's to say, so it is an argument of `build` and not a setting.
-With a cache, `forward` returns the last position's logits alone: those of the prompt are not needed.
+Logits are most of a small model's work and most of any model's memory, so `forward` computes those that are
+asked for: with a cache the last position's, with `where` those of some positions.
 """
 
 from typing import Annotated, ClassVar
@@ -116,11 +117,17 @@ class GPT(nn.Module):
         tokens: Int[Tensor, "batch seq"],
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "batch out vocab"]:
-        """Logits of the token after each, in the model's dtype; with a cache, after the last alone."""
+        where: Bool[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch out vocab"] | Float[Tensor, "chosen vocab"]:
+        """Logits of the token after each, in the model's dtype.
+
+        With a cache, after the last alone; with `where`, after those that it marks, row by row.
+        """
         x = self.hidden(tokens, documents, cache)
         if cache is not None:
             x = x[:, -1:]
+        if where is not None:
+            x = x[where]
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def hidden(

@@ -138,6 +138,10 @@ class Attention(nn.Module):
             k, v = past.extend(start, k, v)
         causal = mask is None and q.shape[2] == k.shape[2]
         shared = self.group > 1
+        if shared and mask is not None and q.is_cuda:
+            # With a mask, CUDA shares heads only in the kernel that holds all scores in memory.
+            k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
+            shared = False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
         gathered: Tensor = self.out(y.transpose(1, 2).flatten(-2))
         return gathered

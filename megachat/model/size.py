@@ -23,11 +23,6 @@ def flops_per_token(config: GPTConfig, vocab: int, seq: int) -> int:
     return 6 * weights + attention
 
 
-def cache_bytes(config: GPTConfig, batch: int, length: int, bytes_each: int) -> int:
-    """Bytes for the keys and values of `length` tokens in `batch` rows, at `bytes_each` per number."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * batch * length * bytes_each
-
-
 def _matrices(config: GPTConfig) -> int:
     """The weights of one block that tokens are multiplied with."""
     attention = config.dim * config.head_dim * (2 * config.heads + 2 * config.kv_heads)

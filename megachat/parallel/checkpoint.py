@@ -2,8 +2,8 @@
 
 No layout is in it, so a run saved on any number of ranks at any ZeRO stage and tensor degree loads at any
 other. It appears whole or not at all: every rank writes and fsyncs its files in `step-N.tmp`, rank 0 adds a
-manifest of sizes and sha256 sums, the folder is renamed, and only then does `latest` name it. Nothing is ever
-unpickled.
+manifest of sizes and sha256 sums, the folder is renamed, and only then does `latest.json` name it to whoever
+asks from outside. Nothing is ever unpickled.
 """
 
 import json
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from megachat import __version__
 from megachat.config import decode
+from megachat.files import fsync, sha256, write_json
 from megachat.log import say
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
-from megachat.run import fsync, sha256, write_json
 from megachat.tokenizer.tokenizer import Tokenizer
 
 FILE_BYTES = 2**30
@@ -73,11 +73,14 @@ def save(
     """
     name = f"step-{progress['step']:08d}"
     temporary = folder / f"{name}.tmp"
+    writer = _Writer(temporary, mesh)
     if mesh.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            writer.problem = str(error)
     mesh.barrier()
-    writer = _Writer(temporary, mesh)
     for role, engine in engines.items():
         for tensor_name, tensor in engine.logical():
             writer.add(f"{role}/{tensor_name}", tensor)
@@ -108,7 +111,10 @@ def save(
             )
         else:
             for old in steps(folder)[:-keep]:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    say(f"the old checkpoint {old} could not be deleted: {error}")
     mesh.barrier()
     return not failed
 

@@ -117,7 +117,6 @@ class Engine:
                 dist_init_required=False,
             )
         self.module: nn.Module = self._engine.module
-        self.steps = 0
 
     def _deepspeed_config(self, plan: Mapping[str, str]) -> dict[str, Any]:
         parallel, autocast = self.parallel, self.parallel.bf16 and self.parallel.zero == 0
@@ -178,7 +177,6 @@ class Engine:
             group["lr"] = learning_rate
         norm = self._clip_by_hand() if self.parallel.zero == 0 else None
         self._engine.step()
-        self.steps += 1
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         return norm
@@ -247,8 +245,7 @@ class Engine:
                 )
         for state in self._basic_optimizer.state.values():
             if "step" in state:
-                state["step"] = torch.tensor(float(steps)) if torch.is_tensor(state["step"]) else steps
-        self.steps = steps
+                state["step"].fill_(steps)  # where it is: a fused optimizer counts on the GPU
 
     def _local_shape(self, parameter: Tensor) -> torch.Size:
         return torch.Size(
@@ -290,7 +287,8 @@ class Engine:
         for parameter in missing:
             state: dict[str, Any] = {moment: torch.zeros_like(parameter) for moment in self.moments}
             if "exp_avg" in state:
-                state["step"] = torch.tensor(0.0)
+                fused = optimizer.defaults.get("fused")
+                state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
             optimizer.state[parameter] = state
         if self.parallel.zero in (1, 2):
             # DeepSpeed links after the first group's first step, when the other groups have no state yet.

@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +64,7 @@ def free_port() -> int:
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Starts `python -m megachat <arguments>` once per rank on this machine and waits for all of them.
 
-    SIGTERM and SIGUSR1 are passed on. When one rank fails the others are stopped, and its exit code is
-    returned.
+    Signals are passed on. When one rank fails the others are stopped, and its exit code is returned.
     """
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
@@ -73,31 +74,39 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         )
         for rank in range(processes)
     ]
-
-    def pass_on(number: int, _: Any) -> None:
-        for rank in ranks:
-            rank.send_signal(number)
-
-    previous = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
-    try:
+    with passing_on_signals(ranks):
         while True:
             codes = [rank.poll() for rank in ranks]
             failed = next((code for code in codes if code), None)
-            if failed is not None:
-                return failed
-            if all(code == 0 for code in codes):
-                return 0
+            if failed is not None or all(code == 0 for code in codes):
+                return failed or 0
             time.sleep(0.1)
+
+
+@contextmanager
+def passing_on_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Meanwhile a signal to this process reaches the children instead; none of them is left behind.
+
+    Ctrl-C reaches them by itself when they share the terminal, so it is passed on as SIGTERM.
+    """
+
+    def pass_on(number: int, _: Any) -> None:
+        for child in children:
+            child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
     finally:
-        for rank in ranks:
-            rank.terminate()
-        for rank in ranks:
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + 30
+        for child in children:
             try:
-                rank.wait(timeout=30)
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                rank.kill()
+                child.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -166,6 +175,18 @@ class Mesh:
             dist.barrier()
 
 
+def must_have_none() -> None:
+    """Refuses to train on the CPU where torch does not see the GPUs, unless they are hidden on purpose."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if not hidden and (given or (torch.version.cuda is None and Path("/dev/nvidia0").exists())):
+        raise ValueError(
+            f"this machine has GPUs, but torch {torch.__version__} sees none; `bash tools/setup.sh gpu` "
+            "installs one that does, `nvidia-smi` tells whether the driver works, "
+            "and CUDA_VISIBLE_DEVICES=-1 trains on the CPU"
+        )
+
+
 _current: Mesh | None = None
 
 
@@ -192,6 +213,7 @@ def start(tensor: int) -> Mesh:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed picks the GPU by it
     else:
+        must_have_none()
         device = torch.device("cpu")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

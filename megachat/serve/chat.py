@@ -61,7 +61,7 @@ class Chat(Stage):
         if self.stage is not None:
             return self.stage
         for stage in BEST_FIRST:
-            if finished(self.inputs / stage):
+            if finished(self.source(stage)):
                 return stage
         raise ValueError(
             f"no model in {self.inputs} has finished training (looked for {', '.join(BEST_FIRST)}); "
@@ -83,7 +83,7 @@ class Chat(Stage):
         if self.prompt is not None:
             print("".join(talk.answer(self.prompt)))
             return
-        say(f"{self.inputs / stage}, step {loaded.step}, on {device}. /help lists the commands.")
+        say(f"{self.source(stage)}, step {loaded.step}, on {device}. /help lists the commands.")
         converse(talk, ask=read_line)
 
 

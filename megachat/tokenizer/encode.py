@@ -22,8 +22,9 @@ from pydantic import Field, NonNegativeInt
 from megachat.data.conversations import share
 from megachat.data.document import SHARDS, Document, read_documents
 from megachat.data.shards import ShardWriter
+from megachat.files import write_json
 from megachat.log import progress, say
-from megachat.run import Stage, write_json
+from megachat.run import Stage
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 
 BATCH = 1 << 20
@@ -39,6 +40,7 @@ class Encode(Stage):
     """Turns text into tokens."""
 
     name: ClassVar[str] = "encode"
+    neutral: ClassVar[tuple[str, ...]] = ("processes",)
 
     validation: Annotated[float, Field(gt=0, lt=1)]
     """The share of documents kept from training, to measure the model on."""

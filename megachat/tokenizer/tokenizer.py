@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from megachat.run import replacing
+from megachat.files import replacing
 
 SPACE = "\u2581"
 """What sentencepiece writes for a space."""

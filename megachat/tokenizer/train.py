@@ -19,8 +19,9 @@ from pydantic import Field, PositiveInt
 
 from megachat.data.conversations import share
 from megachat.data.document import Document, read_documents
+from megachat.files import write_json
 from megachat.log import say, track
-from megachat.run import Stage, write_json
+from megachat.run import Stage
 from megachat.tokenizer.tokenizer import BOS, CONTROLS, EOS, FILE, PAD, SPACE, UNKNOWN, Tokenizer
 
 LINE = 4000
@@ -73,15 +74,15 @@ def sample(documents: Iterable[Document], most: int, seed: int) -> list[Document
 
     Memory is bounded by `most`, and the order of `documents` does not matter. The last one is cut to fit.
     """
-    heap: list[tuple[float, str, int, Document]] = []  # the largest hash on top
+    heap: list[tuple[float, str, int, int, Document]] = []  # the largest hash on top
     total = 0
-    for document in documents:
+    for number, document in enumerate(documents):  # the number, because two sources may use one id
         size = len(document.text.encode())
-        heapq.heappush(heap, (-share(f"{seed} {document.id}"), document.id, size, document))
+        heapq.heappush(heap, (-share(f"{seed} {document.id}"), document.id, number, size, document))
         total += size
-        while total - heap[0][2] >= most:
-            total -= heapq.heappop(heap)[2]
-    chosen = [document for *_, document in sorted(heap, key=lambda item: (-item[0], item[1]))]
+        while total - heap[0][3] >= most:
+            total -= heapq.heappop(heap)[3]
+    chosen = [document for *_, document in sorted(heap, key=lambda item: (-item[0], item[1], item[2]))]
     if total > most:
         last = chosen.pop()
         kept = len(last.text.encode()) - (total - most)

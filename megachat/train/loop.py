@@ -8,12 +8,14 @@ from (seed, step, rank), so a resumed run draws what the uninterrupted one would
 """
 
 import contextlib
+import hashlib
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -25,11 +27,13 @@ from megachat.parallel import checkpoint
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import Mesh, start
 from megachat.parallel.tensor import check_fits
-from megachat.run import Stage, begin, finish
+from megachat.run import Stage, begin, finish, record_config
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.metrics import memory_gib, peak_flops
 from megachat.train.optimizers import Optimizer
 from megachat.train.schedules import Schedule
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,6 +60,11 @@ class Batch:
     """How many tokens pass through the model, for the throughput."""
     samples: int
     """How many samples it holds, for the position in the data."""
+
+
+def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in groups of at most `size`: a batch as micro-batches."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,11 @@ class Task(Stage):
         "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "validation_interval", "resume",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
+
+    @property
+    def continues(self) -> bool:
+        """With `resume: any`."""
+        return self.resume == "any"
 
     def models(self, run: Running) -> dict[str, nn.Module]:
         """The models to train, by role, with their starting weights."""
@@ -206,6 +220,7 @@ def fit(task: Task) -> None:
             _continue_from(saved, task, run)
         run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
         if mesh.rank == 0:
+            record_config(task)
             tokenizer.save(task.folder / "tokenizer.model")
         peak = peak_flops(mesh.device, task.parallel.bf16)
         recorder = stack.enter_context(Recorder(task, run.progress.step))
@@ -281,12 +296,16 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         for name, value in result.metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
     out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
-    assert all(abs(value) < float("inf") for value in out.values()), (
-        f"not finite at step {run.progress.step}: {out}"
-    )
     for role in result.losses:
         norm = run.engines[role].step(rate)
         out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight
+    for name, value in out.items():
+        if not math.isfinite(value):  # before such weights are saved
+            raise ValueError(
+                f"{name} is {value / weight} at step {run.progress.step + 1}, at learning rate {rate:g}: "
+                "training has diverged; lower optimizer.lr or lengthen schedule.warmup, and add resume=any "
+                "to go on from the newest checkpoint"
+            )
     run.progress.tokens += int(tokens)
     run.progress.samples += int(samples)
     return out | {"weight": weight}
@@ -357,23 +376,31 @@ def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> No
 
 def _reseed(seed: int, run: Running) -> None:
     """Makes what is random in a step (dropout, sampling) a function of the seed, the step, the data rank."""
-    torch.manual_seed((seed * 1_000_003 + run.progress.step) * 65_537 + run.mesh.data_rank)
+    digest = hashlib.blake2b(f"{seed} {run.progress.step} {run.mesh.data_rank}".encode(), digest_size=8)
+    torch.manual_seed(int.from_bytes(digest.digest()) >> 1)
 
 
 class _StopFlag:
-    """Whether SIGTERM or SIGUSR1 has arrived. The loop looks at it between steps, on all ranks together."""
+    """Whether SIGTERM, SIGUSR1 or Ctrl-C has arrived. A second Ctrl-C stops at once.
+
+    The loop looks at it between steps, on all ranks together.
+    """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> "_StopFlag":
         self._previous = {
-            number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGUSR1)
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
         return self
 
-    def _request(self, *_: Any) -> None:
+    def _request(self, number: int, _: Any) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            say("stopping after this step; Ctrl-C again stops at once, without saving")
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():

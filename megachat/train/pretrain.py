@@ -3,9 +3,10 @@
 Validation is in bits per byte, which no tokenizer can flatter.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -18,8 +19,11 @@ from megachat.evals.bits import spread, token_bits
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.loop import Batch, Losses, Running, Task, parts
 from megachat.train.losses import cross_entropy
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,16 @@ class Tokens(Batch):
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     documents: Int[Tensor, "batch seq"]
+
+
+@dataclass
+class Corpus:
+    """What pretraining reads."""
+
+    order: "grain.MapDataset[Window]"
+    """The training windows, shuffled and endless."""
+    validation: TokenWindows
+    """The windows that are only measured."""
 
 
 class Pretrain(Task):
@@ -69,9 +83,10 @@ class Pretrain(Task):
         return {"model": self.model.build(run.tokenizer.vocab)}
 
     def prepare(self, run: Running) -> int:
-        """Opens the shard; the budget in whole steps."""
+        """Opens the shards; the budget in whole steps."""
         source = TokenWindows(Shard(self.input("encode") / "train"), self.context)
-        run.data = order(source, self.seed)
+        validation = TokenWindows(Shard(self.input("encode") / "validation"), self.context)
+        run.data = Corpus(order(source, self.seed), validation)
         tokens = (
             self.tokens if self.tokens is not None else int((self.epochs or 0.0) * len(source) * self.context)
         )
@@ -80,11 +95,8 @@ class Pretrain(Task):
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """The next windows of the one global order, whatever the number of ranks."""
         while True:
-            rows = share(run.data, run.progress.samples, self.batch, run.mesh.data_rank, run.mesh.data)
-            yield [
-                _collate(rows[first : first + self.micro_batch], run.mesh.device)
-                for first in range(0, len(rows), self.micro_batch)
-            ]
+            rows = share(run.data.order, run.progress.samples, self.batch, run.mesh.data_rank, run.mesh.data)
+            yield [_collate(part, run.mesh.device) for part in parts(rows, self.micro_batch)]
 
     def loss(self, run: Running, batch: Tokens) -> Losses:
         """Cross-entropy summed over tokens."""
@@ -92,32 +104,29 @@ class Pretrain(Task):
         return Losses({"model": cross_entropy(logits, batch.labels)})
 
     def measure(self, run: Running) -> dict[str, float]:
-        """Bits per byte of held-out documents; each data rank measures its share of the windows."""
-        windows = TokenWindows(Shard(self.input("encode") / "validation"), self.context)
-        share_of = (
-            len(windows) // run.mesh.data * run.mesh.data
-        )  # equally many forwards on every rank, for ZeRO-3
-        chosen = spread(share_of, self.validation_windows // run.mesh.data * run.mesh.data)[
-            run.mesh.data_rank :: run.mesh.data
-        ]
-        lengths = torch.as_tensor(run.tokenizer.token_bytes, device=run.mesh.device)
-        sums = torch.zeros(2, dtype=torch.float64, device=run.mesh.device)  # bits, bytes
+        """Bits per byte of held-out documents: of the same windows on any number of ranks."""
+        windows = run.data.validation
+        chosen = spread(len(windows), self.validation_windows)
+        mesh, lengths = run.mesh, torch.as_tensor(run.tokenizer.token_bytes, device=run.mesh.device)
+        # Equally many forwards on every rank, for ZeRO-3: a rank that has run out repeats one, uncounted.
+        places = range(mesh.data_rank, math.ceil(len(chosen) / mesh.data) * mesh.data, mesh.data)
+        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # bits, bytes
         with run.engines["model"].inference() as model:
-            for first in range(0, len(chosen), self.micro_batch):
-                batch = _collate(
-                    [windows[i] for i in chosen[first : first + self.micro_batch]], run.mesh.device
-                )
+            for part in parts(places, self.micro_batch):
+                batch = _collate([windows[chosen[place % len(chosen)]] for place in part], mesh.device)
+                counts = torch.tensor([place < len(chosen) for place in part], device=mesh.device)
                 labels = batch.labels.clamp(min=0)
-                weights = torch.where(batch.labels >= 0, lengths[labels], 0)
+                weights = torch.where((batch.labels >= 0) & counts[:, None], lengths[labels], 0)
                 bits = token_bits(model(batch.inputs, batch.documents), labels)
                 sums += torch.stack([bits[weights > 0].double().sum(), weights.double().sum()])
         bits_total, bytes_total = run.mesh.sum_tensor(sums).tolist()
-        return {"bits_per_byte": bits_total / max(1.0, bytes_total)}
+        return {"bits_per_byte": bits_total / bytes_total} if bytes_total else {}
 
     def show(self, run: Running) -> str:
         """How the model goes on from `prompt`."""
         sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=min(40, self.context // 2))
-        tokens = [run.tokenizer.bos, *run.tokenizer.encode(self.prompt)]
+        room = self.context - sampling.max_new_tokens
+        tokens = [run.tokenizer.bos, *run.tokenizer.encode(self.prompt)][:room]
         with run.engines["model"].inference() as model:
             (new,) = generate(
                 model, [tokens], sampling, {run.tokenizer.eos}, pad=run.tokenizer.pad, synced=run.synced
@@ -125,7 +134,7 @@ class Pretrain(Task):
         return self.prompt + run.tokenizer.decode(new)
 
 
-def _collate(rows: list[Window], device: torch.device) -> Tokens:
+def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
     tokens = torch.stack([torch.as_tensor(row["tokens"]) for row in rows]).to(device)
     documents = torch.stack([torch.as_tensor(row["documents"]) for row in rows]).to(device)
     # The first token of a document cannot be predicted from the one before it.

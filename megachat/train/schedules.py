@@ -15,11 +15,9 @@ class Schedule(Config):
 
     warmup: Share
     """The share of all steps over which the rate rises from near 0 to its peak."""
-    floor: Share
-    """The factor at the end."""
 
     def factor(self, step: int, total: int) -> float:
-        """The factor for optimizer step `step` of `total`; past the end it stays at the floor."""
+        """The factor for optimizer step `step` of `total`; past the end it stays what it is there."""
         warm = round(self.warmup * total)
         if step < warm:
             return (step + 1) / warm
@@ -44,6 +42,9 @@ class Cosine(Schedule):
     Example: Cosine(warmup=0, floor=0).factor(5, 10) -> 0.5
     """
 
+    floor: Share
+    """The factor at the end."""
+
     def after(self, progress: float) -> float:
         """1 at 0, the floor from 1 on."""
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -57,6 +58,8 @@ class WarmupStableDecay(Schedule):
 
     decay: Share
     """The share of all steps over which the rate falls at the end."""
+    floor: Share
+    """The factor at the end."""
 
     @model_validator(mode="after")
     def _fits(self) -> "WarmupStableDecay":

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.align.pairs import collate, own, parts, rendered
+from megachat.align.pairs import collate, own, rendered
 from megachat.data.conversations import Message, Preference
 from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import parts
 from tests.align import tiny
 
 

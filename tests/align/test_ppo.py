@@ -70,7 +70,7 @@ class Everything:
 
     def logps(self, logits: Tensor) -> Tensor:
         """Per token, of every sentence."""
-        return token_logps(logits[self.prefix], torch.where(self.mask, self.tokens, -100))
+        return token_logps(logits[self.prefix[self.mask]], torch.where(self.mask, self.tokens, -100))
 
     def exact(self, coefficient: float) -> Tensor:
         """The gradient of -(E[score] - coefficient * KL(policy || reference))."""

@@ -55,6 +55,14 @@ def test_what_is_too_long_is_left_out_and_counted(capsys: pytest.CaptureFixture[
 def test_nothing_that_fits_is_an_error_that_names_the_context():
     with pytest.raises(ValueError, match=r"none of the 2 preferences fits in 9 tokens"):
         that_fit([10, 11], lambda item: item, 9, "preferences")
+    with pytest.raises(ValueError, match=r"no preferences to train on"):
+        that_fit([], lambda item: item, 9, "preferences")
+
+
+def test_nothing_that_fits_is_no_error_where_it_is_only_measured(capsys: pytest.CaptureFixture[str]):
+    assert that_fit([10], lambda item: item, 9, "preferences", needed=False) == []
+    assert "1 of 1 preferences are longer" in capsys.readouterr().err
+    assert that_fit([], lambda item: item, 9, "preferences", needed=False) == []
 
 
 def test_each_epoch_holds_every_sample_once_in_an_order_of_its_own():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megachat.align.pairs import parts
 from megachat.align.rows import padded
 from megachat.align.sft import SFT
 from megachat.data.conversations import Conversation, Message
 from megachat.tokenizer.chat_format import render
 from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import parts
 from tests.align import tiny
 
 

@@ -8,35 +8,19 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from megachat.config import compose, decode
 from megachat.model.heads import Scalar
-from megachat.parallel.checkpoint import architecture
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh, start
-from megachat.run import Stage, sha256, write_json
+from megachat.run import Stage
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.tokenizer.train import train
 from megachat.train.loop import Progress, Running, Task
+from tests.tiny_model import finish, shape, write_model
 
 LETTERS = "abcdefgh"
-SHAPE = {
-    "_target_": "megachat.model.gpt.GPTConfig",
-    "dim": 48,
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 12,
-    "hidden": 128,
-    "context": 32,
-    "rope_base": 10000.0,
-    "qk_norm": True,
-    "tied": True,
-    "norm_eps": 1e-6,
-    "dropout": 0.0,
-}
+SHAPE = shape(dim=48, layers=2, heads=4, kv_heads=2, hidden=128, context=32)
 COMMON = ["context=24", "parallel=zero0", "parallel.precision=fp32", "log.interval=1", "log.wandb=disabled"]
 COMMON += [
     "checkpoint_interval=0",
@@ -125,25 +109,6 @@ def rows(run: Path, name: str) -> list[dict[str, float]]:
 def place(data: int, data_rank: int) -> Mesh:
     """A rank among others that are not there: enough to choose one's share of the data."""
     return Mesh(data_rank, data, 1, torch.device("cpu"), None, None)
-
-
-def finish(folder: Path) -> None:
-    """Marks a stage as done."""
-    write_json(folder / "done.json", {"fingerprint": "0", "seconds": 1.0, "outputs": {}, "finished": "today"})
-
-
-def write_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """A finished training stage that ended with this model."""
-    checkpoint = folder / "checkpoints" / "step-00000001"
-    checkpoint.mkdir(parents=True)
-    tensors = {f"model/weight.{name}": value.detach().clone() for name, value in model.named_parameters()}
-    file = checkpoint / "tensors.safetensors"
-    save_file(tensors, file)
-    facts = {"bytes": file.stat().st_size, "sha256": sha256(file), "tensors": sorted(tensors)}
-    about = {"architecture": {"model": architecture(model)}, "tokenizer": tokenizer.sha256}
-    write_json(checkpoint / "manifest.json", about | {"progress": {"step": 1}, "files": {file.name: facts}})
-    tokenizer.save(folder / FILE)
-    finish(folder)
 
 
 def _said(question: str) -> list[dict[str, str]]:

@@ -145,8 +145,15 @@ def test_a_prompt_may_have_an_answer(tmp_path):
     )
     prompts = JsonPrompts(path=path, held_out=0.0)
     assert prompts.prompts("train") == [Prompt(ask("Hi"), ""), Prompt(ask("Hi"), "Hello")]
-    assert prompts.seen(5) == [Prompt(ask("Hi"), "Hello")]
-    assert prompts.unseen(5) == []
+
+
+def test_nobody_knows_which_prompts_of_a_file_were_fine_tuned_on(tmp_path):
+    prompts = JsonPrompts(
+        path=written(tmp_path / "a.jsonl", *({"prompt": f"{i}?"} for i in range(40))), held_out=0.5
+    )
+    assert prompts.seen(40) == []
+    assert prompts.unseen(40) == prompts.prompts("held_out")
+    assert len(prompts.unseen(3)) == 3
 
 
 def test_the_same_prompt_is_never_in_both_splits(tmp_path):

@@ -43,7 +43,7 @@ def conversations(**settings):
 
 
 def preferences(**settings):
-    return PythonPreferences(**{**SETTINGS, "variants": 3, **settings})
+    return PythonPreferences(**{**SETTINGS, "variants": 3, "further": 0, "further_variants": 1, **settings})
 
 
 def prompts(**settings):

@@ -108,7 +108,7 @@ def test_a_model_that_knows_one_sentence_recalls_exactly_that(run: Path, monkeyp
     """One answer is replaced by the truth: recall must be one in six, not more and not less."""
     tiny.write_model(run / "sft", tiny.model(0))
     settings = stage(run)
-    _, asked = settings.ask_about()
+    asked = settings.prompts.unseen(settings.questions)
     known = render_prompt(asked[3].messages, tiny.tokenizer())
     truth = tiny.tokenizer().encode(asked[3].answer)
 
@@ -122,7 +122,8 @@ def test_a_model_that_knows_one_sentence_recalls_exactly_that(run: Path, monkeyp
 
 
 def test_questions_are_never_asked_twice_and_come_in_new_words_when_functions_run_out(run: Path):
-    seen, unseen = stage(run, "questions=100").ask_about()
+    prompts = stage(run).prompts
+    seen, unseen = prompts.seen(100), prompts.unseen(100)
     assert (
         len(seen) == len({prompt.answer for prompt in seen}) < 30
     )  # each function once, the held-out ones not
@@ -146,6 +147,19 @@ def test_questions_too_long_for_the_model_are_left_out_and_counted(
     assert "1 of 2 questions are longer than 20 tokens, left out" in capsys.readouterr().err
 
 
+def test_a_policy_without_a_question_to_answer_is_named_and_left_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("sft", "dpo"):
+        tiny.write_model(run / name, tiny.model(0))
+    tiny.write_shard(run / "encode")
+    prompts = Path(run.parent, "prompts.jsonl")
+    prompts.write_text('{"prompt": "Hi"}\n')
+    scores = evaluated(run, "prompts=json", f"prompts.path={prompts}", "prompts.held_out=0", "context=16")
+    assert set(scores) == {"bits_per_byte_sft"}
+    assert "dpo is left out, there is no question" in capsys.readouterr().err
+
+
 def test_a_model_in_a_batch_says_what_it_says_alone(run: Path):
     tiny.write_model(run / "sft", tiny.model(0))
     prompts = [ask("What does math.gcd do?"), ask("?")]
@@ -153,7 +167,7 @@ def test_a_model_in_a_batch_says_what_it_says_alone(run: Path):
     loaded = settings.load("sft", "recall")
     assert loaded is not None
     assert len(render_prompt(prompts[0], loaded.tokenizer)) > len(render_prompt(prompts[1], loaded.tokenizer))
-    questions = settings.ask_about()[1]
+    questions = settings.prompts.unseen(settings.questions)
     alone = settings.answers(loaded, questions, settings.greedy, "alone")
     together = stage(run, "batch=6").answers(loaded, questions, settings.greedy, "together")
     assert alone == together

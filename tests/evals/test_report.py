@@ -11,7 +11,7 @@ import pytest
 from megachat.config import compose, decode
 from megachat.evals import page as pages
 from megachat.evals.report import ORDER, gather
-from megachat.run import write_json
+from megachat.files import write_json
 from tests.evals import tiny
 
 EVIL = "<script>alert('x')</script>"

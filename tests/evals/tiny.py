@@ -4,33 +4,18 @@ import functools
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from megachat.config import decode
 from megachat.data.shards import ShardWriter
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
-from megachat.parallel.checkpoint import architecture
-from megachat.run import sha256, write_json
-from megachat.tokenizer.tokenizer import FILE, Tokenizer
+from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.tokenizer.train import train
+from tests import tiny_model
+from tests.tiny_model import finish, shape
 
-SHAPE = {
-    "_target_": "megachat.model.gpt.GPTConfig",
-    "dim": 16,
-    "layers": 1,
-    "heads": 2,
-    "kv_heads": 1,
-    "head_dim": 8,
-    "hidden": 32,
-    "context": 64,
-    "rope_base": 10000.0,
-    "qk_norm": True,
-    "tied": True,
-    "norm_eps": 1e-6,
-    "dropout": 0.0,
-}
+SHAPE = shape(dim=16, layers=1, heads=2, kv_heads=1, hidden=32, context=64)
 TEXTS = ["What does math.gcd do? Greatest Common Divisor.", "Return the absolute path of a file. " * 3]
 
 
@@ -66,25 +51,9 @@ def constant(token: int) -> GPT:
     return built.eval().requires_grad_(False)
 
 
-def finish(folder: Path, seconds: float = 1.5) -> None:
-    """Marks a stage as done."""
-    write_json(
-        folder / "done.json", {"fingerprint": "0", "seconds": seconds, "outputs": {}, "finished": "today"}
-    )
-
-
 def write_model(folder: Path, trained: nn.Module) -> None:
     """A finished training stage that ended with this model."""
-    checkpoint = folder / "checkpoints" / "step-00000007"
-    checkpoint.mkdir(parents=True)
-    tensors = {f"model/weight.{name}": value.detach().clone() for name, value in trained.named_parameters()}
-    file = checkpoint / "tensors.safetensors"
-    save_file(tensors, file)
-    facts = {"bytes": file.stat().st_size, "sha256": sha256(file), "tensors": sorted(tensors)}
-    about = {"architecture": {"model": architecture(trained)}, "tokenizer": tokenizer().sha256}
-    write_json(checkpoint / "manifest.json", about | {"progress": {"step": 7}, "files": {file.name: facts}})
-    tokenizer().save(folder / FILE)
-    finish(folder)
+    tiny_model.write_model(folder, trained, tokenizer())
 
 
 def write_shard(folder: Path) -> None:

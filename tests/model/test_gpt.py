@@ -88,6 +88,13 @@ def test_logits_do_not_depend_on_later_tokens() -> None:
     assert_close(model(tokens)[:, :9], model(tokens[:, :9]), rtol=0, atol=1e-5)
 
 
+def test_logits_of_some_positions_are_those_of_all_at_these_positions() -> None:
+    model, tokens = tiny(), some_tokens(2, 7)
+    where = torch.zeros(2, 7, dtype=torch.bool)
+    where[0, 3] = where[1, 0] = where[1, 6] = True
+    assert_close(model(tokens, where=where), model(tokens)[[0, 1, 1], [3, 0, 6]], rtol=0, atol=1e-5)
+
+
 def test_checkpointing_changes_memory_but_neither_loss_nor_gradients() -> None:
     tokens = some_tokens(2, 16)
     found = []

@@ -7,10 +7,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from megachat.config import CONF, decode, plain
+from megachat.config import decode, plain
 from megachat.model.gpt import GPT, GPTConfig
-from megachat.model.layers import Cache
-from megachat.model.size import cache_bytes, flops_per_token, parameters
+from megachat.model.size import flops_per_token, parameters
+from megachat.stages import CONF
 from tests.model.test_gpt import TINY, VOCAB, some_tokens, tiny
 
 MODELS = sorted((CONF / "model").glob("*.yaml"))
@@ -68,10 +68,3 @@ def test_flops_of_attention_are_the_causal_half() -> None:
     # Scores: 2 x 8 flops for each of 4 heads and 8 mean keys; the sum as many; backward twice that.
     per_layer = 3 * 2 * (2 * 8 * 4 * 8)
     assert flops_per_token(TINY, VOCAB, 16) - flops_per_token(TINY, VOCAB, 0) == 2 * per_layer
-
-
-def test_the_cache_takes_the_bytes_promised() -> None:
-    cache = Cache(20)
-    tiny()(some_tokens(3, 5), cache=cache)
-    held = sum(t.nbytes for past in cache.layers.values() for t in (past.k, past.v) if t is not None)
-    assert cache_bytes(TINY, batch=3, length=20, bytes_each=4) == held

@@ -77,7 +77,7 @@ def test_a_killed_run_repeats_the_losses_of_an_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly(straight: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "stopped"
     wait = start(run, inputs=straight)

@@ -12,6 +12,7 @@ from megachat.data.document import Document, write_documents
 from megachat.data.shards import Shard
 from megachat.tokenizer import encode
 from megachat.tokenizer.tokenizer import FILE
+from tests.tiny_model import finish
 
 DOCUMENTS = [
     Document(f"d{i}", f"def f{i}(x):\n    return x + {i}  # 中文\n" * (i % 7 + 1), "t") for i in range(60)
@@ -23,7 +24,7 @@ def prepared(run: Path, tokenizer, documents=DOCUMENTS) -> Path:
     write_documents(run / "clean", documents, per_shard=25)
     tokenizer.save(run / "tokenizer" / FILE)
     for stage in ("clean", "tokenizer"):
-        (run / stage / "done.json").write_text("{}")
+        finish(run / stage)
     return run
 
 

@@ -9,6 +9,7 @@ from megachat.config import compose, decode
 from megachat.data.document import Document, write_documents
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.tokenizer.train import LINE, lines, measure, sample, train
+from tests.tiny_model import finish
 
 DOCUMENTS = [Document(f"d{i}", f"{i:04}" * 25, "test") for i in range(100)]  # of 100 bytes each
 
@@ -96,7 +97,7 @@ def test_the_stage_writes_a_tokenizer_and_what_it_measured(run, texts):
     languages = ["code", "code", "zh"]
     documents = [Document(f"d{i}", text, "t", languages[i]) for i, text in enumerate(texts)]
     write_documents(run / "clean", documents, per_shard=2)
-    (run / "clean" / "done.json").write_text("{}")
+    finish(run / "clean")
     stage(run, "sample_bytes=1000000").execute()
     tokenizer = Tokenizer.load(run / "tokenizer")
     report = json.loads((run / "tokenizer" / "report.json").read_text())

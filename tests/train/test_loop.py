@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.log import Recorder
 from megachat.run import perform
 from megachat.train.losses import IGNORE, cross_entropy
 from megachat.train.metrics import measured_flops, peak_flops
@@ -43,6 +42,15 @@ def test_training_lowers_the_loss_and_logs_every_step(tiny: Path) -> None:
 def test_validation_appears_at_its_interval_and_at_the_end(tiny: Path) -> None:
     validated = [row["step"] for row in rows(tiny) if "validation/bits_per_byte" in row]
     assert validated == [5, 10, 12]
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(tiny: Path) -> None:
+    run = tiny.parent / "diverged"
+    with pytest.raises(pytest.fail.Exception, match="training has diverged") as failure:
+        trained(run=run, overrides=[f"inputs={tiny}", "optimizer.lr=1e30", "checkpoint_interval=1"])
+    assert "at step 2, at learning rate 1e+30" in str(failure.value), str(failure.value)
+    saved = sorted(path.name for path in (run / "pretrain" / "checkpoints").iterdir())
+    assert saved == ["latest.json", "step-00000001"]
 
 
 def test_bits_per_byte_agrees_with_an_independent_computation(tiny: Path) -> None:
@@ -98,23 +106,39 @@ def test_changed_settings_do_not_overwrite_a_finished_stage(tiny: Path, tmp_path
     assert [json.loads(line) for line in (aside / "metrics.jsonl").read_text().splitlines()] == first
 
 
+def test_resume_any_goes_on_from_a_finished_run_with_other_settings(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "longer"
+    trained(run=run, overrides=[f"inputs={tiny}", "tokens=512"])
+    first = rows(run)
+    trained(run=run, overrides=[f"inputs={tiny}", "tokens=1024", "resume=any"])
+    assert rows(run)[:2] == first
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    assert not (run / "replaced").exists()
+
+
+def test_a_run_that_is_refused_keeps_the_record_of_its_settings(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "refused"
+    trained(run=run, overrides=[f"inputs={tiny}", "tokens=512"])
+    (run / "pretrain" / "done.json").unlink()  # as if it had been stopped
+    before = (run / "pretrain" / "config.yaml").read_text()
+    with pytest.raises(pytest.fail.Exception, match="was trained with other settings or data"):
+        trained(run=run, overrides=[f"inputs={tiny}", "tokens=512", "optimizer.lr=1"])
+    assert (run / "pretrain" / "config.yaml").read_text() == before
+
+
+def test_the_largest_seed_and_a_prompt_longer_than_the_context_do_no_harm(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "large"
+    prompt = "prompt='" + "one " * 60 + "'"
+    trained(run=run, overrides=[f"inputs={tiny}", "tokens=256", "seed=4294967295", prompt])
+    assert len(rows(run)) == 1
+
+
 def test_wandb_runs_offline_and_holds_no_secret(tiny: Path) -> None:
     (folder,) = (tiny / "wandb").glob("offline-run-*")
     (record,) = folder.glob("run-*.wandb")
     content = record.read_bytes()
     assert b"loss_nats" in content
     assert b"tokens_per_second" in content
-
-
-def test_rows_after_the_point_of_resumption_are_dropped(tiny: Path, tmp_path: Path) -> None:
-    run = tmp_path / "rows"
-    stage = pretrain(run, f"inputs={tiny}", "log.wandb=disabled")
-    stage.folder.mkdir(parents=True)
-    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
-    (stage.folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    with Recorder(stage, step=2) as recorder:
-        recorder.row({"step": 3, "loss": 0.5})
-    assert [(row["step"], row["loss"]) for row in rows(run)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
 def test_the_peak_of_a_cpu_is_measured() -> None:

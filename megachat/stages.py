@@ -1,0 +1,22 @@
+"""Which stages there are, and where their settings lie: what `megachat --help` needs, and no heavy import."""
+
+from pathlib import Path
+
+INSTALLED = Path(__file__).parent / "conf"
+CONF = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "conf"
+"""The wheel carries `conf/` inside the package; in a checkout it stands beside it."""
+
+ORDER = "clean tokenizer encode pretrain sft rm ppo dpo evaluate report pipeline chat".split()
+"""How the stages are listed: as data flows. One that is not named here comes last."""
+
+
+def stages() -> dict[str, str]:
+    """Every stage and its one-line description, which is the first comment of `conf/<stage>.yaml`."""
+    described = {}
+    for path in CONF.glob("*.yaml"):
+        with path.open(encoding="utf-8") as file:
+            described[path.stem] = file.readline().removeprefix("#").strip()
+    last = len(ORDER)
+    return dict(
+        sorted(described.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else last, item))
+    )

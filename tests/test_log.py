@@ -1,0 +1,44 @@
+"""What is recorded: rows that survive a kill, text with any character, and where W&B records."""
+
+from pathlib import Path
+
+import pytest
+
+from megachat.config import compose
+from megachat.log import Recorder, chosen_mode
+from megachat.run import Stage
+from tests.tiny_run import rows
+
+
+@pytest.fixture
+def stage(run: Path) -> Stage:
+    (run / "pretrain").mkdir(parents=True)
+    return Stage.of(compose("pretrain", [f"run={run}", "log.wandb=disabled"]))
+
+
+def test_a_run_that_goes_on_drops_later_rows_and_half_a_line(stage: Stage, run: Path) -> None:
+    with Recorder(stage) as recorder:
+        for step in (1, 2, 3):
+            recorder.row({"step": step, "loss": 4.0 - step})
+    with (run / "pretrain" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed here
+    with Recorder(stage, step=2) as recorder:
+        recorder.row({"step": 3, "loss": 0.5})
+    assert rows(run) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5}]
+
+
+def test_a_sample_may_hold_what_looks_like_the_end_of_a_line(stage: Stage, run: Path) -> None:
+    odd = "a\u2028b\u0085c\nd"
+    with Recorder(stage) as recorder:
+        recorder.sample(1, odd)
+    Recorder(stage, step=1)  # reads it
+    assert odd.replace("\n", "\\n") in (run / "pretrain" / "samples.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("said", "mode"), [("offline", "offline"), ("disabled", "disabled"), ("", "online")])
+def test_the_environment_decides_where_wandb_records_before_the_login_does(
+    said: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", said)
+    assert chosen_mode() == mode

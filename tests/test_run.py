@@ -1,0 +1,81 @@
+"""Run folders: what counts as finished, what is done again, and what is never lost."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megachat.config import compose, redact
+from megachat.files import replacing
+from megachat.run import Stage, begin, external, finished, perform
+from tests.tiny_model import finish
+
+
+def clean(run: Path, *overrides: str) -> Stage:
+    corpus = ["corpus=[plain_text]", f"corpus.plain_text.paths=[{run.parent}/*.txt]", "filters=none"]
+    return Stage.of(compose("clean", [f"run={run}", "dedup=exact", *corpus, *overrides]))
+
+
+@pytest.fixture
+def text(run: Path) -> Path:
+    path = run.parent / "a.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("Some text.")
+    return path
+
+
+def test_a_finished_stage_is_done_again_when_a_setting_or_a_file_has_changed(run: Path, text: Path) -> None:
+    perform(clean(run))
+    assert not begin(clean(run))
+    assert not begin(clean(run, "processes=1"))  # changes nothing in what is made
+    assert begin(clean(run, "documents_per_shard=7"))
+    perform(clean(run))
+    (text.parent / "b.txt").write_text("More text.")
+    assert begin(clean(run))
+
+
+def test_what_other_settings_made_is_set_aside(run: Path, text: Path) -> None:
+    perform(clean(run))
+    before = finished(run / "clean")
+    perform(clean(run, "documents_per_shard=7"))
+    (aside,) = (run / "replaced").iterdir()
+    assert finished(aside) == before
+    assert yaml.safe_load((aside / "config.yaml").read_text())["documents_per_shard"] > 7
+
+
+@pytest.mark.parametrize("pattern", ["{}/*.txt", "{}/**/*.txt", "{}/a.txt"])
+def test_files_are_noticed_however_they_are_named(text: Path, pattern: str) -> None:
+    named = {"block": {"paths": [pattern.format(text.parent)]}}
+    before = external(named)
+    text.write_text("Other text, longer.")
+    assert len(before) == 1
+    assert external(named) != before
+
+
+def test_a_stage_reads_its_own_run_first_and_what_that_lacks_from_inputs(run: Path) -> None:
+    lender = run.parent / "lender"
+    for folder in (lender / "clean", lender / "tokenizer", run / "tokenizer"):
+        folder.mkdir(parents=True)
+        finish(folder)
+    stage = Stage.of(compose("encode", [f"run={run}", f"inputs={lender}"]))
+    assert stage.input("clean") == lender / "clean"
+    assert stage.input("tokenizer") == run / "tokenizer"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("1")
+
+    def write() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("2")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "1")]
+
+
+def test_secrets_are_not_written_down() -> None:
+    hidden = redact({"judge": {"api_key": "s", "url": "u"}, "password": "p", "monkey": 1})
+    assert hidden == {"judge": {"api_key": "(redacted)", "url": "u"}, "password": "(redacted)", "monkey": 1}
