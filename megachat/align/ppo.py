@@ -143,6 +143,8 @@ class PPO(Task):
     """How far advantages look ahead: 1 is to the end of the answer, 0 one token."""
     critic_first: NonNegativeInt
     """Rollouts in which the critic learns alone."""
+    critic_rate: PositiveFloat
+    """The critic's learning rate as a multiple of the policy's, which is `optimizer.lr`."""
     validation_prompts: NonNegativeInt
     """Held-out prompts that are answered at each validation, at most."""
 
@@ -249,6 +251,10 @@ class PPO(Task):
     def _rewards(self, rollout: Rollout) -> Float[Tensor, "batch seq"]:
         scores = rollout.scores - self.unfinished * (~rollout.stopped).float()
         return kl_rewards(scores, rollout.logps, rollout.reference, rollout.rows.mask, self.kl)
+
+    def rate_of(self, role: str) -> float:
+        """The critic learns faster: what it does not foresee is noise in the policy's gradient."""
+        return self.critic_rate if role == "critic" else 1.0
 
     def may_stop(self, run: Running) -> bool:
         """Between rollouts: the answers are not in the checkpoint."""

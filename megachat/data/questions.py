@@ -89,10 +89,9 @@ HELD_OUT = (
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Variants = Annotated[int, Field(ge=1, le=len(SEEN) + len(PRACTICE))]
 
-KINDS = ("other", "truncated", "other", "garbled")
-"""What is wrong with a rejected answer, in turn: true of something else, cut short, its words out of order.
-
-Every second one is of the first kind: the others show in the answer alone, that one only beside the question.
+KINDS = ("other", "truncated", "spliced", "other", "garbled", "spliced")
+"""What is wrong with a rejected answer, in turn: true of something else, cut short, half of it true of something
+else, its words out of order. The first and third show only beside the question, and are what a model gets wrong.
 """
 FLAWS = ("truncated", "garbled")
 """The kinds that show in the answer alone."""
@@ -149,7 +148,7 @@ class PythonConversations(Conversations):
 
 
 class PythonPreferences(Preferences):
-    """The true sentence is preferred to another function's, to one cut short, and to one garbled."""
+    """The true sentence is preferred to another function's, to a mixture of both, one cut short, one garbled."""
 
     modules: list[str]
     """Only functions of these modules and what lies in them; empty for the whole library."""
@@ -158,7 +157,7 @@ class PythonPreferences(Preferences):
     held_out: Fraction
     """The share of functions never trained on: their preferences show what a reward model has learnt."""
     variants: Variants
-    """Preferences per function; 4 give each kind, and another function's sentence twice."""
+    """Preferences per function; 6 give each kind, and those that show only beside the question twice."""
     further: NonNegativeInt
     """More functions, asked about to show flaws alone: what is wrong in itself is learnt from many answers,
     whose answer it is from few that come often."""
@@ -207,10 +206,10 @@ class PythonPrompts(Prompts):
     """Decides how each question is asked. `seen` asks what the conversations of the same seed ask."""
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """For practice: functions of the split, asked about in `SEEN` and `PRACTICE` phrasings."""
+        """Functions of the split in `PRACTICE` phrasings: in those of fine-tuning, answers are known by heart."""
         train, held_out = split_entries(self.modules, self.functions, self.held_out)
         chosen = train if split == "train" else held_out
-        return self._asked(chosen, SEEN + PRACTICE, "prompts", self.variants)
+        return self._asked(chosen, PRACTICE, "prompts", self.variants)
 
     def seen(self, count: int) -> list[Prompt]:
         """For evaluation: questions that `PythonConversations` of the same settings holds, a function each.
@@ -293,7 +292,8 @@ class Spoiler:
 
     def spoil(self, entry: Entry, kind: str, dice: random.Random) -> str:
         """A wrong answer to a question about the entry."""
-        return {"other": self.other, "truncated": truncated, "garbled": garbled}[kind](entry, dice)
+        kinds = {"other": self.other, "truncated": truncated, "spliced": self.spliced, "garbled": garbled}
+        return kinds[kind](entry, dice)
 
     def other(self, entry: Entry, dice: random.Random) -> str:
         """What is true of another function: half the time, of one in the same module if it has another."""
@@ -302,6 +302,14 @@ class Spoiler:
             return dice.choice(near).sentence
         far = [other for other in self.pool if other != entry]
         return dice.choice(far).sentence
+
+    def spliced(self, entry: Entry, dice: random.Random) -> str:
+        """The beginning of the true sentence and the end of another, or the other way round."""
+        halves = [entry.sentence.split(), self.other(entry, dice).split()]
+        dice.shuffle(halves)
+        first, second = halves
+        made = " ".join(first[: max(1, len(first) // 2)] + second[len(second) // 2 :])
+        return made if made != entry.sentence else self.other(entry, dice)
 
 
 def truncated(entry: Entry, dice: random.Random) -> str:

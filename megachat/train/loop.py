@@ -165,6 +165,10 @@ class Task(Stage):
         """Figures on data that is not trained on. All ranks call it and get the same."""
         return {}
 
+    def rate_of(self, role: str) -> float:
+        """The learning rate of one of the models, as a multiple of the optimizer's."""
+        return 1.0
+
     def may_stop(self, run: Running) -> bool:
         """Whether the step just taken is a place to resume from (not in the middle of a rollout)."""
         return True
@@ -297,7 +301,7 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
             sums[name] = sums.get(name, 0.0) + value.detach().double()
     out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
     for role in result.losses:
-        norm = run.engines[role].step(rate)
+        norm = run.engines[role].step(rate * task.rate_of(role))
         out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight
     for name, value in out.items():
         if not math.isfinite(value):  # before such weights are saved
