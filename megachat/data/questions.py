@@ -90,8 +90,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Variants = Annotated[int, Field(ge=1, le=len(SEEN) + len(PRACTICE))]
 
 KINDS = ("other", "truncated", "spliced", "other", "garbled", "spliced")
-"""What is wrong with a rejected answer, in turn: true of something else, cut short, half of it true of something
-else, its words out of order. The first and third show only beside the question, and are what a model gets wrong.
+"""What is wrong with a rejected answer, in turn: true of something else, cut short, half of it true of
+something else, its words out of order. The first and the third show only beside the question, and are what a
+chat model gets wrong.
 """
 FLAWS = ("truncated", "garbled")
 """The kinds that show in the answer alone."""
@@ -148,7 +149,7 @@ class PythonConversations(Conversations):
 
 
 class PythonPreferences(Preferences):
-    """The true sentence is preferred to another function's, to a mixture of both, one cut short, one garbled."""
+    """The true sentence is preferred to another function's, a mixture of both, one cut short, one garbled."""
 
     modules: list[str]
     """Only functions of these modules and what lies in them; empty for the whole library."""
@@ -200,13 +201,13 @@ class PythonPrompts(Prompts):
     """How many functions, classes and methods to ask about, the held-out ones among them."""
     held_out: Fraction
     """The share of functions never trained on."""
-    variants: Variants
+    variants: Annotated[int, Field(ge=1, le=len(PRACTICE))]
     """Ways of asking about each function."""
     seed: NonNegativeInt
     """Decides how each question is asked. `seen` asks what the conversations of the same seed ask."""
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """Functions of the split in `PRACTICE` phrasings: in those of fine-tuning, answers are known by heart."""
+        """Functions of the split, in `PRACTICE` phrasings: in others, fine-tuning has taught the answers."""
         train, held_out = split_entries(self.modules, self.functions, self.held_out)
         chosen = train if split == "train" else held_out
         return self._asked(chosen, PRACTICE, "prompts", self.variants)

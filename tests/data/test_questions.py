@@ -18,6 +18,7 @@ from megachat.data.questions import (
     PythonConversations,
     PythonPreferences,
     PythonPrompts,
+    Spoiler,
     home,
 )
 
@@ -126,21 +127,38 @@ def test_more_unseen_questions_than_functions_come_in_other_words():
     assert set(Counter(one.answer for one in asked).values()) == {2}
 
 
-def test_half_of_each_functions_wrong_answers_are_anothers_and_a_quarter_of_each_other_kind():
-    made = preferences(variants=4).preferences("train")
+def test_two_thirds_of_each_functions_wrong_answers_show_only_beside_the_question():
+    made = preferences(variants=6).preferences("train")
     times = Counter((one.chosen, one.kind) for one in made)
-    assert {one.kind for one in made} == set(KINDS) == {"other", "truncated", "garbled"}
-    assert all(count == (2 if kind == "other" else 1) for (_, kind), count in times.items())
+    assert {one.kind for one in made} == set(KINDS) == {"other", "spliced", "truncated", "garbled"}
+    assert all(count == (2 if kind in ("other", "spliced") else 1) for (_, kind), count in times.items())
     assert all(one.chosen == about(one.prompt, SEEN + PRACTICE) != one.rejected for one in made)
+
+
+def test_further_functions_show_flaws_alone_and_are_nobodys_wrong_answer():
+    made = preferences(functions=60, variants=3, further=40, further_variants=2).preferences("train")
+    often = {one.chosen for one in preferences(functions=60).preferences("train")}
+    further = [one for one in made if one.chosen not in often]
+    assert set(Counter(one.chosen for one in further).values()) == {2}
+    assert Counter(one.kind for one in further)["truncated"] == len(further) / 2
+    assert Counter(one.kind for one in further)["garbled"] == len(further) / 2
+    assert {one.rejected for one in made if one.kind == "other"} <= often
+    assert sum(one.chosen in often for one in made) == 3 * len(often)
 
 
 def test_alignment_asks_in_words_that_fine_tuning_does_not():
     tuned = {one.messages[0].content for one in conversations(variants=len(SEEN)).conversations()}
-    practised = {one.messages[0].content for one in prompts(variants=30).prompts("train")}
+    practised = {one.messages[0].content for one in prompts(variants=len(PRACTICE)).prompts("train")}
     asked = {phrasing.format(name=one.name) for phrasing in PRACTICE for one in LIBRARY}
     assert not tuned & asked
-    assert practised & asked
-    assert practised & tuned
+    assert practised < asked  # but for the functions that are held out
+
+
+def test_a_spliced_answer_is_half_of_the_truth_and_half_of_another_answer():
+    one = Entry("m.one", "function", "One two three four five six.")
+    two = Entry("m.two", "function", "Seven eight nine ten eleven twelve.")
+    made = {Spoiler([one, two]).spliced(one, random.Random(seed)) for seed in range(20)}
+    assert made == {"One two three ten eleven twelve.", "Seven eight nine four five six."}
 
 
 def test_a_truncated_answer_is_40_to_70_percent_of_the_words():
@@ -167,7 +185,7 @@ def test_words_are_shuffled_until_they_are_out_of_order():
 
 def test_half_of_the_other_answers_come_from_the_same_module():
     modules = {one.sentence: home(one) for one in LIBRARY}
-    made = preferences(functions=120, held_out=0.0, variants=20).preferences("train")
+    made = preferences(functions=120, held_out=0.0, variants=30).preferences("train")
     others = [one for one in made if one.kind == "other"]
     same = sum(modules[one.rejected] == modules[one.chosen] for one in others)
     # Half of 1,200 by choice, and of the others 14 of 119 by chance: 0.559; four standard deviations.

@@ -87,7 +87,7 @@ def test_a_policy_that_is_sft_ties_with_it(run: Path):
     assert scores["recall_seen"] == scores["recall_unseen"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 6}
     assert not any(name.startswith("dpo") for name in scores)
     assert scores["rm_accuracy"]["n"] == sum(
-        scores[f"rm_accuracy_{kind}"]["n"] for kind in ("other", "truncated", "garbled")
+        scores[f"rm_accuracy_{kind}"]["n"] for kind in ("other", "truncated", "spliced", "garbled")
     )
 
 
