@@ -129,7 +129,7 @@ class GPT(nn.Module):
         count = None
         if where is not None:
             x = x[where]
-            # Of few different lengths: on the CPU a kernel is made anew for each, which took a sixth of the time.
+            # In few different lengths: a CPU kernel is made anew for each, which took a sixth of the time.
             count = len(x)
             x = F.pad(x, (0, 0, 0, -count % 128))
         logits: Tensor = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
