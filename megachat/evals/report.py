@@ -21,9 +21,7 @@ from megachat.evals.plots import Line, Plot
 from megachat.files import replacing, write_json
 from megachat.log import say
 from megachat.run import Stage, finished
-
-ORDER = ("clean", "tokenizer", "encode", "pretrain", "sft", "rm", "ppo", "dpo", "evaluate")
-"""Stages in the order they run; others come after, by name."""
+from megachat.stages import ORDER
 
 PACKAGES = (
     "torch",
@@ -63,10 +61,10 @@ class Report(Stage):
 
     def execute(self) -> None:
         """Writes report.json and report.html."""
-        facts = gather(self.inputs)
+        facts = gather(self.run)
         if not facts["stages"] and not facts["training"]:
             raise ValueError(
-                f"no stage has finished in {self.inputs}, so nothing to report; name the run with run=..."
+                f"no stage has finished in {self.run}, so nothing to report; name the run with run=..."
             )
         write_json(self.run / "report.json", facts)
         with replacing(self.run / "report.html") as temporary:
