@@ -19,9 +19,18 @@ source slurm/env.sh
 # Rank 0 runs on the first node of the list; `hostname` here would name the batch node, which --exclude may change.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Not a constant, for two jobs may share a node; below 32768, where Linux begins to hand out ports to whoever asks;
-# and one on which nobody answers.
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-while timeout 2 bash -c "exec 3<>/dev/tcp/$MASTER_ADDR/$MASTER_PORT" 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+# and one that rank 0 can listen on: a port may be taken on an address where it answers nobody.
+MASTER_PORT=$(python - $((20000 + SLURM_JOB_ID % 12000)) <<'EOF'
+import itertools, socket, sys
+for port in itertools.count(int(sys.argv[1])):
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        continue
+    print(port)
+    break
+EOF
+)
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}  # else every rank starts as many threads as the node has cores
 

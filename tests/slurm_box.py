@@ -7,6 +7,7 @@ Its nodes are called 127.0.0.1 and 127.0.0.2: names that resolve without a line 
 """
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,8 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 KillWait=3
+# A job's number decides on which port its ranks meet: two boxes on one machine must not agree on it.
+FirstJobId={first}
 PartitionName=main Nodes=ALL Default=YES State=UP
 NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports} CPUs=4
 """
@@ -106,7 +109,13 @@ def cluster() -> Iterator[Slurm]:
         conf = folder / "slurm.conf"
         ports = [str(port) for port in free_ports(1 + len(NODES))]
         conf.write_text(
-            CONF.format(folder=folder, controller=ports[0], nodes=",".join(NODES), ports=",".join(ports[1:]))
+            CONF.format(
+                folder=folder,
+                controller=ports[0],
+                nodes=",".join(NODES),
+                ports=",".join(ports[1:]),
+                first=random.randrange(1, 12000),
+            )
         )
         key = folder / "munge.key"
         key.touch(mode=0o600)

@@ -64,7 +64,7 @@ def test_sbatch_on_two_nodes_gives_the_losses_of_one_process_though_another_job_
     layout = ["parallel=zero2", "parallel.precision=fp32"]
     with ExitStack() as taken:
         with suppress(OSError):  # somebody else has it: as good
-            taken.enter_context(socket.create_server(("127.0.0.1", port_of_next_job(slurm))))
+            taken.enter_context(socket.create_server(("127.0.0.3", port_of_next_job(slurm))))
         job = submit(slurm, log, f"run={two}", f"inputs={run}", "model=gpt_3m", *TINY, *layout)
         state = slurm.wait(job, timeout=300)
     assert state == "COMPLETED", log.read_text()

@@ -29,7 +29,7 @@ def test_stable_decay_is_flat_until_the_decay_begins_and_linear_after() -> None:
 
 
 def test_constant_stays() -> None:
-    assert Constant(warmup=0, floor=0).factor(99, 100) == 1.0
+    assert Constant(warmup=0).factor(99, 100) == 1.0
 
 
 def test_warm_up_and_decay_must_fit_into_the_run() -> None:
