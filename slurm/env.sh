@@ -3,6 +3,7 @@
 # The environment that `bash tools/setup.sh` made, on a file system that all nodes see; the one that was active at
 # sbatch, if there was one: sbatch hands it on.
 [[ ${VIRTUAL_ENV:-} ]] || source .venv/bin/activate
+unset PYTHONDONTWRITEBYTECODE           # many containers set it: then every rank compiles torch's sources anew
 # module load cuda/13.0                 # where CUDA does not come with the driver and torch
 
 # Caches into node-local space: a thousand ranks compiling kernels into one home directory bring it down.

@@ -13,6 +13,7 @@
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
 
+unset RANK WORLD_SIZE LOCAL_RANK        # sbatch hands on the shell it is typed in, which may itself be a rank of a job
 cd "$SLURM_SUBMIT_DIR"                  # sbatch runs a copy of this file: $0 points into Slurm's spool
 source slurm/env.sh
 

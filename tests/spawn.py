@@ -6,7 +6,7 @@
 
 Fixtures and parameters reach every rank (they are pickled). The first rank to fail ends the test: its
 traceback and what it printed are shown, and the others, which wait for it in a collective, are killed.
-The processes fork from a server that has torch and DeepSpeed imported already, so that a rank starts in
+The processes fork from a server that has `PRELOAD` imported already, so that a rank starts in
 milliseconds; the body is found again by name, as `module:function`.
 """
 
@@ -27,6 +27,9 @@ from typing import Any
 import pytest
 
 Body = Callable[..., None]
+
+PRELOAD = ["deepspeed", "torch._inductor.compile_fx", "datasketch", "grain", "wandb"]
+"""What ranks import sooner or later, and slowly (DeepSpeed's engine imports torch's compiler)."""
 
 
 def on_ranks(world: int, timeout: float = 120, device: str = "cpu") -> Callable[[Body], Body]:
@@ -178,5 +181,5 @@ def _context(device: str) -> Any:
     if device == "cuda":  # the server has DeepSpeed set to the CPU already
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed"])
+    context.set_forkserver_preload(PRELOAD)
     return context

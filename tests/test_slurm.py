@@ -41,6 +41,8 @@ def submit(slurm: Slurm, log: Path, *overrides: str) -> str:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "VIRTUAL_ENV": sys.prefix,
         "CUDA_VISIBLE_DEVICES": "",
+        "RANK": "0",  # typed inside another job
+        "WORLD_SIZE": "1",
     }
     script = str(ROOT / "slurm" / "pretrain.sh")
     return slurm.call(

@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh
+unset PYTHONDONTWRITEBYTECODE  # many containers set it: then every stage compiles torch's sources anew, 10 s each
 exec .venv/bin/megachat pipeline experiment=quickstart "$@"

@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh dev
+unset PYTHONDONTWRITEBYTECODE  # many containers set it: then every process compiles torch's sources anew, 10 s each
 
 marks=(-m "not slurm and not faults and not browser and not vllm and not gpu and not multigpu")
 arguments=()

@@ -47,11 +47,11 @@ class JsonLines(Source):
     """The key of the text."""
 
     def documents(self) -> Iterator[Document]:
-        for path in files(self.paths):
+        for name, path in files(self.paths):
             for number, line in read_lines(path):
                 if line.strip():
                     text = self._text(path, number, line)
-                    yield Document(id=f"{readable(path)}:{number}", text=text, source=self.name)
+                    yield Document(id=f"{name}:{number}", text=text, source=self.name)
 
     def _text(self, path: Path, number: int, line: str) -> str:
         try:
@@ -76,9 +76,9 @@ class PlainText(Source):
     """Patterns like books/**/*.txt."""
 
     def documents(self) -> Iterator[Document]:
-        for path in files(self.paths):
+        for name, path in files(self.paths):
             lines = [line for _, line in read_lines(path)]
-            yield Document(id=readable(path), text="\n".join(lines), source=self.name)
+            yield Document(id=name, text="\n".join(lines), source=self.name)
 
 
 class Parquet(Source):
@@ -94,7 +94,7 @@ class Parquet(Source):
     def documents(self) -> Iterator[Document]:
         import pyarrow.parquet
 
-        for path in files(self.paths):
+        for name, path in files(self.paths):
             row = 0
             try:
                 with open_bytes(path) as file:
@@ -114,24 +114,30 @@ class Parquet(Source):
                                 raise ValueError(
                                     f"{path}:{row}: {value!r} is no text; delete the row or mend it"
                                 )
-                            yield Document(id=f"{readable(path)}:{row}", text=value, source=self.name)
+                            yield Document(id=f"{name}:{row}", text=value, source=self.name)
             except (pyarrow.ArrowException, OSError, EOFError, zstandard.ZstdError) as why:
                 raise ValueError(f"{path}:{row + 1}: cannot be read ({why}); fetch the file again") from None
 
 
-def readable(path: Path) -> str:
-    """A path as text that can be written as UTF-8, whatever bytes its name has."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def files(patterns: list[str]) -> list[tuple[str, Path]]:
+    """The files that match, each once, sorted, with the name that begins the ids of their documents.
 
-
-def files(patterns: list[str]) -> list[Path]:
-    """The files that match, each once, sorted; a pattern that matches none is an error."""
+    It is the path below the folder common to all files: ids stay the same when a corpus is moved. A pattern
+    that matches none is an error.
+    """
     found: set[Path] = set()
     for pattern in patterns:
-        matches = {Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
+        matches = {Path(name).absolute() for name in glob.glob(pattern, recursive=True)}
+        matches = {path for path in matches if path.is_file()}
         if not matches:
             raise ValueError(f"no file matches {pattern!r} (from {Path.cwd()}); mend `paths` of the corpus")
         found |= matches
     if not found:
         raise ValueError("`paths` of the corpus is empty; name at least one file or pattern")
-    return sorted(found)
+    common = os.path.commonpath([path.parent for path in found])
+    return [(_readable(path.relative_to(common)), path) for path in sorted(found)]
+
+
+def _readable(path: Path) -> str:
+    """A path as text that can be written as UTF-8, whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -48,7 +48,7 @@ def test_every_format_and_compression_gives_the_same_texts(tmp_path: Path, kind:
     assert {document.source for document in documents} == {"mine"}
     assert len({document.id for document in documents}) == 2
     if kind != "txt":
-        assert documents[1].id == f"{path}:2"
+        assert documents[1].id == f"a.{kind}{ending}:2"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,17 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("once")
     source = PlainText(name="mine", paths=[str(tmp_path / "*.txt"), str(tmp_path / "a.*")])
     assert [document.text for document in source.documents()] == ["once"]
+
+
+def test_ids_stay_when_the_corpus_moves_and_differ_between_its_folders(tmp_path: Path) -> None:
+    for name in ("here/x/a.txt", "here/y/a.txt", "b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "here").rename(tmp_path / "there")
+    source = PlainText(name="mine", paths=[str(tmp_path / "there" / "**" / "*.txt")])
+    assert [document.id for document in source.documents()] == ["x/a.txt", "y/a.txt"]
+    source = PlainText(name="mine", paths=[*source.paths, str(tmp_path / "b.txt")])
+    assert [document.id for document in source.documents()] == ["b.txt", "there/x/a.txt", "there/y/a.txt"]
 
 
 def test_parquet_names_a_missing_column_a_null_and_a_broken_file(tmp_path: Path) -> None:
