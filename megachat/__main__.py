@@ -3,6 +3,7 @@
 Heavy imports wait until a stage is known, so that `megachat --help` answers at once.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,11 @@ USAGE = """usage: megachat STAGE [key=value ...]      any setting of the stage, 
        megachat STAGE -m key=1,2           one run for each value
 
 stages"""
+
+# libgomp's threads spin for milliseconds at the end of every parallel loop. Where they share their cores with
+# anything else, each spins while the one it waits for is not running. Read once, when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,6 +92,9 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("MEGACHAT_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.strerror:
+            remedy = "; free some and run the same command again" if error.errno == errno.ENOSPC else ""
+            error = ValueError(f"{error.filename or stage.run}: {error.strerror.lower()}{remedy}")
         print(f"megachat {command[0]}: {error}", file=sys.stderr)
         print("(MEGACHAT_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(1)

@@ -82,6 +82,7 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
     Example: rewrite("chat", ["prompt=What's new?"]) -> ["++prompt='What\\'s new?'"]
     """
     out: list[str] = []
+    mistakes: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
         bare = key.lstrip("+~")
@@ -91,13 +92,32 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
             out[:0] = _experiment(stage, value)
         elif not equals or key != bare or bare.startswith("hydra") or _is_group(bare):
             out.append(override)
+            mistakes += _no_options(bare, value) if equals and _is_group(bare) else []
         else:
             out.append(f"++{key}={quoted(value, sweep)}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     return out
 
 
 def _is_group(key: str) -> bool:
     return (CONF / key.partition("@")[0]).is_dir()
+
+
+def _no_options(group: str, value: str) -> list[str]:
+    """What there is to say of names that no YAML of the group has. Hydra would stop at the first one."""
+    group = group.partition("@")[0]
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    names = [name.strip() for name in value.strip("[]").split(",")]
+    if "(" in value or not options:  # choice(...), glob(...); a group of groups
+        return []
+    mistakes = []
+    for name in names:
+        if name and name != "null" and name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"conf/{group}/ has {', '.join(options)}"
+            mistakes.append(f"{group}: there is no {name!r}; {hint}")
+    return mistakes
 
 
 def _experiment(stage: str, name: str) -> list[str]:
@@ -189,7 +209,11 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
         expected = detail["ctx"].get("class") or detail["ctx"].get("class_name")
         return f"{key}: expected a block of settings ({expected}), got {detail['input']!r}"
     message = re.sub(r"^Value error, ", "", detail["msg"])
-    return f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+    got = detail["input"]
+    # Hydra reads 42 and true as YAML does.
+    is_text = detail["type"] == "string_type" and got is not None
+    hint = f"; as text it is {name}=\"'{got}'\"" if is_text else ""
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got!r}{hint}"
 
 
 def _locate(target: str, path: str, mistakes: list[str]) -> type[Config] | None:

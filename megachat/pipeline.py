@@ -11,12 +11,13 @@ import sys
 import time
 from typing import ClassVar
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from megachat.config import ConfigError, compose
 from megachat.log import say
 from megachat.parallel.mesh import passing_on_signals
 from megachat.run import Stage, finished
+from megachat.stages import stages as known_stages
 
 
 class Pipeline(Stage):
@@ -31,6 +32,16 @@ class Pipeline(Stage):
     """Overrides for single stages, such as {pretrain: [optimizer.lr=1e-3]}."""
     recipe: str | None
     """The experiment whose settings all stages take; `experiment=quickstart` on the command line sets it."""
+
+    @field_validator("stages")
+    @classmethod
+    def _known(cls, stages: list[str]) -> list[str]:
+        if not stages:
+            raise ValueError("no stage to run")
+        if unknown := [stage for stage in stages if stage not in known_stages()]:
+            near = difflib.get_close_matches(unknown[0], known_stages(), n=1)
+            raise ValueError(f"no stage {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return stages
 
     @model_validator(mode="after")
     def _overrides_reach_a_stage(self) -> "Pipeline":
@@ -67,7 +78,7 @@ class Pipeline(Stage):
                 sys.exit(code)
             if stage != "report" and not finished(self.run / stage):
                 say(f"pipeline: {stage} was stopped before its end; the same command goes on from there")
-                sys.exit(0)
+                sys.exit(130)  # a script must not take it for a success
         say(f"pipeline: {time.monotonic() - began:.0f} s")
         self._end()
 

@@ -8,7 +8,9 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -84,9 +86,10 @@ class Stage(Config):
         """The folder of a finished earlier stage."""
         folder = self.source(stage)
         if not finished(folder):
+            places = " or ".join(dict.fromkeys([str(self.run), str(self.inputs)]))
             raise ValueError(
-                f"{self.name} reads the output of `{stage}`, which has not finished in {self.inputs}; "
-                f"run `megachat {stage} run={self.inputs}` first, or name another run with inputs=..."
+                f"{self.name} reads the output of `{stage}`, which has not finished in {places}; "
+                f"run `megachat {stage} run={self.run}` first, or name another run with inputs=..."
             )
         return folder
 
@@ -102,15 +105,25 @@ class Stage(Config):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_aside: dict[Path, Path] = {}
+"""Folders that this process has made way for, and where what was in them is now."""
+
+
 def perform(stage: Stage) -> None:
-    """Runs a stage that needs one process, unless it has finished with the same settings and inputs."""
-    if stage.trains or not stage.recorded:
-        stage.execute()
-    elif begin(stage):
-        record_config(stage)
-        started = time.monotonic()
-        stage.execute()
-        finish(stage, time.monotonic() - started)
+    """Runs a stage, unless it has finished with the same settings and inputs."""
+    try:
+        if stage.trains or not stage.recorded:
+            stage.execute()
+        elif begin(stage):
+            record_config(stage)
+            started = time.monotonic()
+            stage.execute()
+            finish(stage, time.monotonic() - started)
+    except BaseException:
+        put_back(stage)
+        raise
+    finally:
+        _aside.clear()
 
 
 def begin(stage: Stage) -> bool:
@@ -132,8 +145,21 @@ def begin(stage: Stage) -> bool:
             aside = aside.with_name(f"{aside.name}-again")
         aside.parent.mkdir(parents=True, exist_ok=True)
         stage.folder.rename(aside)
+        _aside[stage.folder] = aside
         say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}")
     return True
+
+
+def put_back(stage: Stage) -> None:
+    """After a failure: what `begin` moved away returns, unless something has been trained in its place."""
+    aside = _aside.get(stage.folder)
+    metrics = stage.folder / "metrics.jsonl"
+    if aside is None or (metrics.is_file() and metrics.stat().st_size):
+        return
+    with suppress(OSError):  # the disk, perhaps, that was the failure
+        shutil.rmtree(stage.folder, ignore_errors=True)
+        aside.rename(stage.folder)
+        say(f"{stage.name}: nothing has been made in its place, so {aside} is {stage.folder} again")
 
 
 def record_config(stage: Stage) -> None:

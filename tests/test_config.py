@@ -230,14 +230,21 @@ def test_a_target_must_be_a_block_of_settings_of_this_package(target: str, why: 
     )
 
 
-def test_an_unknown_option_is_answered_with_the_options() -> None:
-    assert told("model=lama") == (
-        "In 'train': Could not find 'model/lama'\n  Available options in 'model':\n  large\n  small"
-    )
+def test_an_unknown_option_is_answered_with_the_nearest_one_or_all() -> None:
+    assert told("model=smal") == "model: there is no 'smal'; did you mean 'small'?"
+    assert told("model=3") == "model: there is no '3'; conf/model/ has large, small"
 
 
-def test_a_number_is_not_an_option() -> None:
-    assert told("model=3") == "Config group override must be a string or a list. Got int"
+def test_unknown_options_are_all_listed() -> None:
+    assert told("model=larg", "model=x").splitlines() == [
+        "model: there is no 'larg'; did you mean 'large'?",
+        "model: there is no 'x'; conf/model/ has large, small",
+    ]
+
+
+def test_a_number_where_text_is_wanted_is_shown_how_to_quote_it() -> None:
+    told_so = told("prompt=42")
+    assert "prompt: input should be a valid string, got 42; as text it is prompt=\"'42'\"" in told_so
 
 
 def test_a_block_that_the_stage_does_not_have_cannot_be_chosen() -> None:

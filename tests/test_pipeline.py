@@ -32,6 +32,18 @@ def test_overrides_of_a_stage_that_does_not_run_are_refused() -> None:
         decode(compose("pipeline", ["overrides.pretrian=[model=gpt_1b]"]))
 
 
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[cleen,report]", r"stages: no stage 'cleen'; did you mean 'clean'\?"),
+        ("[]", "stages: no stage to run"),
+    ],
+)
+def test_a_stage_that_is_none_is_refused(stages: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decode(compose("pipeline", [f"stages={stages}"]))
+
+
 def test_mistakes_in_several_stages_are_all_listed_each_with_its_stage(run: Path) -> None:
     made = pipeline(f"run={run}", "overrides.sft=['epochs=no']", "overrides.rm=['batch=0','epochz=1']")
     with pytest.raises(ConfigError) as refused:
@@ -56,7 +68,7 @@ def test_a_stopped_pipeline_stops_its_stage_which_saves_and_goes_on_later(run: P
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 130
     assert "pretrain: asked to stop; saved at step" in printed
     assert "pretrain was stopped before its end" in printed
     assert not (run / "pretrain" / "done.json").exists()

@@ -43,6 +43,15 @@ def test_what_other_settings_made_is_set_aside(run: Path, text: Path) -> None:
     assert yaml.safe_load((aside / "config.yaml").read_text())["documents_per_shard"] > 7
 
 
+def test_what_was_set_aside_returns_when_nothing_could_be_made_in_its_place(run: Path, text: Path) -> None:
+    perform(clean(run))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="no file matches"):
+        perform(clean(run, f"corpus.plain_text.paths=[{text.parent}/*.typo]"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert not begin(clean(run))
+
+
 @pytest.mark.parametrize("pattern", ["{}/*.txt", "{}/**/*.txt", "{}/a.txt"])
 def test_files_are_noticed_however_they_are_named(text: Path, pattern: str) -> None:
     named = {"block": {"paths": [pattern.format(text.parent)]}}

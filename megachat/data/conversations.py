@@ -144,7 +144,7 @@ class JsonPreferences(Preferences):
             must_ask(prompt)
             chosen, rejected = text_of(record, "chosen"), text_of(record, "rejected")
             if chosen == rejected:
-                raise ValueError(f"chosen and rejected are the same text, {chosen[:60]!r}; drop the line")
+                raise ValueError(f"chosen and rejected are the same text, {chosen[:60]!r}")
             return Preference(prompt, chosen, rejected, str(record.get("kind", "")))
 
         return of_split(read_json_lines(self.path, read), split, self.held_out, lambda item: item.prompt)
@@ -207,7 +207,11 @@ def messages_of(record: dict[str, Any], key: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         return ask(text_of(record, key))
     if not isinstance(value, list) or not value:
-        raise ValueError(f'expected "{key}": [{{"role": ..., "content": ...}}, ...], got {value!r:.80}')
+        keys = ", ".join(map(str, record)) or "nothing"
+        raise ValueError(
+            f'expected "{key}": "a question", or [{{"role": ..., "content": ...}}, ...], '
+            + (f"got {value!r:.80}" if key in record else f"and the line has {keys}")
+        )
     messages = []
     for item in value:
         if not isinstance(item, dict) or item.get("role") not in ROLES:
@@ -241,6 +245,8 @@ def must_ask(prompt: tuple[Message, ...]) -> None:
 def read_json_lines(pattern: str, read: Callable[[dict[str, Any]], T]) -> list[T]:
     """Every line of the files through `read`; what it finds wrong is reported as `path:line: what`."""
     paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    if any(path.is_dir() for path in paths):
+        raise ValueError(f"path: {pattern!r} is a folder; name its files, as in {pattern}/*.jsonl")
     if not paths:
         raise ValueError(f"path: no file matches {pattern!r}; paths are relative to {Path.cwd()}")
     items = []

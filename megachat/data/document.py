@@ -83,7 +83,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with open_bytes(path) as file:
             for number, line in enumerate(file, 1):
-                yield number, line.decode().rstrip("\r\n")
+                # Windows begins files with a byte order mark.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as why:
         raise ValueError(
             f"{path}:{number}: not UTF-8 ({why}); convert the file to UTF-8 or remove the line"

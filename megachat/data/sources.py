@@ -129,6 +129,8 @@ def files(patterns: list[str]) -> list[tuple[str, Path]]:
     for pattern in patterns:
         matches = {Path(name).absolute() for name in glob.glob(pattern, recursive=True)}
         matches = {path for path in matches if path.is_file()}
+        if not matches and Path(pattern).is_dir():
+            raise ValueError(f"{pattern!r} is a folder; name its files, as in {pattern}/**/*.txt")
         if not matches:
             raise ValueError(f"no file matches {pattern!r} (from {Path.cwd()}); mend `paths` of the corpus")
         found |= matches

@@ -81,6 +81,8 @@ class Chat(Stage):
             loaded.model, loaded.tokenizer, self.sampling, generator, self.system, base=stage == "pretrain"
         )
         if self.prompt is not None:
+            if not self.prompt.strip():
+                raise ValueError("prompt is empty; leave it out to talk in the terminal")
             print("".join(talk.answer(self.prompt)))
             return
         say(f"{self.source(stage)}, step {loaded.step}, on {device}. /help lists the commands.")
@@ -172,12 +174,15 @@ def converse(talk: Talk, ask: Callable[[], str | None]) -> None:
 
 
 def read_line() -> str | None:
-    """A line from the user; None at the end of the input, or at Ctrl-C."""
+    """A line from the user; None at the end of the input. Ctrl-C takes a line back."""
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in `input`)
     try:
         return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        say("\n(Ctrl-D or /quit to leave)")
+        return ""
+    except EOFError:
         sys.stdout.write("\n" if sys.stdin.isatty() else "")
         return None
 

@@ -76,7 +76,8 @@ def test_turns_in_order_are_not():
     [
         ('{"messages": [', "Expecting value"),
         ("[1]", r"expected an object \{...\}, got '\[1\]'"),
-        ("{}", 'expected "messages": .* got None'),
+        ("{}", 'expected "messages": .*, and the line has nothing'),
+        ('{"question": "Hi", "id": 3}', 'expected "messages": .*, and the line has question, id'),
         ('{"messages": []}', r'expected "messages": .* got \[\]'),
         ('{"messages": ["Hi"]}', "expected a message .* got 'Hi'"),
         ('{"messages": [{"role": "bot", "content": "Hi"}]}', "a role is one of system, user, assistant"),

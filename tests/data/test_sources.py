@@ -76,6 +76,17 @@ def test_a_file_cut_off_in_the_middle_is_an_error(tmp_path: Path) -> None:
             list(json_lines(path).documents())
 
 
+def test_the_byte_order_mark_of_windows_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "one"}\r\n{"text": "two"}\r\n')
+    assert [document.text for document in json_lines(path).documents()] == ["one", "two"]
+
+
+def test_a_folder_in_place_of_files_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a folder; name its files, as in .*/\*\*/\*\.txt"):
+        list(json_lines(tmp_path).documents())
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no file matches '.*none-\*\.jsonl'.*; mend `paths`"):
         list(json_lines(tmp_path / "none-*.jsonl").documents())

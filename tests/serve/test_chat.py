@@ -43,6 +43,12 @@ def test_a_prompt_prints_its_answer_and_nothing_else(run: Path, capfd: pytest.Ca
     assert capfd.readouterr().out == "eee\n"
 
 
+def test_an_empty_prompt_is_refused(run: Path):
+    tiny.write_model(run / "sft", tiny.constant(token("e")))
+    with pytest.raises(ValueError, match="prompt is empty"):
+        chat(run, "prompt=").execute()
+
+
 def test_chinese_and_apostrophes_can_be_asked(run: Path):
     assert chat(run, "prompt=What's 语言, (really)?").prompt == "What's 语言, (really)?"
 
@@ -153,6 +159,14 @@ def test_the_end_of_the_input_ends_the_conversation(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
     converse(talk(), read_line)
     assert capsys.readouterr().out == "aaa\n"
+
+
+def test_ctrl_c_takes_a_line_back_and_the_conversation_goes_on(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(_: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert read_line() == ""
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(capsys: pytest.CaptureFixture[str]):
