@@ -10,9 +10,10 @@ import multiprocessing
 import os
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -98,14 +99,16 @@ class Clean(Stage):
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="filtered.", suffix=".tmp", dir=self.folder) as temporary:
             sketches = Sketches(self.dedup)
-            write_documents(Path(temporary), self._filtered(rows, sketches), self.documents_per_shard)
+            # Closed here and now: the thread that collects garbage may be one that the pool waits for.
+            with closing(self._filtered(rows, sketches)) as filtered:
+                write_documents(Path(temporary), filtered, self.documents_per_shard)
             distinct = deduplicated(read_documents(Path(temporary)), sketches, exact, near, kept)
             write_documents(self.folder, distinct, self.documents_per_shard)
         rows += [exact, near] if self.dedup.near else [exact]
         write_json(self.folder / "report.json", report(rows, kept) | {"minhash": SCHEME})
         say(table(rows))
 
-    def _filtered(self, rows: list[Row], sketches: "Sketches") -> Iterator[Document]:
+    def _filtered(self, rows: list[Row], sketches: "Sketches") -> Generator[Document, None, None]:
         """The documents that pass all filters, sketched; the others are counted in `rows`."""
         for examined in track(self._examined(), "clean", unit="doc"):
             document = examined.document
