@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megachat.stages import CONF, stages
+from megachat.stages import CONF, did_you_mean, stages
 
 USAGE = """usage: megachat STAGE [key=value ...]      any setting of the stage, as a Hydra override
        megachat STAGE --help               its settings, with their documentation
@@ -41,13 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     stage, *overrides = arguments
     if stage not in known:
-        import difflib
-
-        near = difflib.get_close_matches(stage, known, n=1)
-        _fail(
-            f"megachat has no stage {stage!r}; "
-            + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}")
-        )
+        _fail(f"megachat has no stage {stage!r}; " + did_you_mean(stage, known, f"it has {', '.join(known)}"))
     from megachat.config import ConfigError
 
     try:

@@ -5,7 +5,6 @@ No setting has a default in Python: `conf/` is the one place a value is written.
 A mistake never comes alone: `decode` lists all of them, each with the dotted key to fix.
 """
 
-import difflib
 import importlib
 import inspect
 import re
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megachat.stages import CONF, stages
+from megachat.stages import CONF, did_you_mean, stages
 
 ROOT = "megachat."
 """A config may only name classes of this package, so a YAML cannot run anything else."""
@@ -92,7 +91,7 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
             out[:0] = _experiment(stage, value)
         elif not equals or key != bare or bare.startswith("hydra") or _is_group(bare):
             out.append(override)
-            mistakes += _no_options(bare, value) if equals and _is_group(bare) else []
+            mistakes += _no_options(bare, value)
         else:
             out.append(f"++{key}={quoted(value, sweep)}")
     if mistakes:
@@ -109,13 +108,12 @@ def _no_options(group: str, value: str) -> list[str]:
     group = group.partition("@")[0]
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     names = [name.strip() for name in value.strip("[]").split(",")]
-    if "(" in value or not options:  # choice(...), glob(...); a group of groups
+    if "(" in value or not options:  # choice(...), glob(...); no group of ours
         return []
     mistakes = []
     for name in names:
         if name and name != "null" and name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"conf/{group}/ has {', '.join(options)}"
+            hint = did_you_mean(name, options, f"conf/{group}/ has {', '.join(options)}")
             mistakes.append(f"{group}: there is no {name!r}; {hint}")
     return mistakes
 
@@ -202,8 +200,7 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing"
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, cls.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(cls.model_fields)}"
+        hint = did_you_mean(name, cls.model_fields, f"it has {', '.join(cls.model_fields)}")
         return f"{key}: {cls.__name__} has no such setting; {hint}"
     if detail["type"] in ("is_instance_of", "model_type"):
         expected = detail["ctx"].get("class") or detail["ctx"].get("class_name")

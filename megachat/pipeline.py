@@ -4,7 +4,6 @@ A process of its own, because DeepSpeed keeps tensor-parallel state in globals t
 over.
 """
 
-import difflib
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from megachat.config import ConfigError, compose
 from megachat.log import say
 from megachat.parallel.mesh import passing_on_signals
 from megachat.run import Stage, finished
+from megachat.stages import did_you_mean
 from megachat.stages import stages as known_stages
 
 
@@ -38,18 +38,18 @@ class Pipeline(Stage):
     def _known(cls, stages: list[str]) -> list[str]:
         if not stages:
             raise ValueError("no stage to run")
-        if unknown := [stage for stage in stages if stage not in known_stages()]:
-            near = difflib.get_close_matches(unknown[0], known_stages(), n=1)
-            raise ValueError(f"no stage {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        known = known_stages()
+        if unknown := [stage for stage in stages if stage not in known]:
+            hint = did_you_mean(unknown[0], known, f"there are {', '.join(known)}")
+            raise ValueError(f"no stage {unknown[0]!r}; {hint}")
         return stages
 
     @model_validator(mode="after")
     def _overrides_reach_a_stage(self) -> "Pipeline":
         if unknown := [stage for stage in self.overrides if stage not in self.stages]:
-            near = difflib.get_close_matches(unknown[0], self.stages, n=1)
+            hint = did_you_mean(unknown[0], self.stages, "name one of those")
             raise ValueError(
-                f"overrides.{unknown[0]}: no such stage among stages=[{','.join(self.stages)}]"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                f"overrides.{unknown[0]}: no such stage among stages=[{','.join(self.stages)}]; {hint}"
             )
         return self
 

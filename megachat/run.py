@@ -45,6 +45,8 @@ class Stage(Config):
     """Settings that do not change what it makes, besides `run`, `inputs` and `log`."""
 
     _tree: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _aside: Path | None = PrivateAttr(default=None)
+    """Where `begin` has moved what other settings had made."""
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "Stage":
@@ -105,10 +107,6 @@ class Stage(Config):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_aside: dict[Path, Path] = {}
-"""Folders that this process has made way for, and where what was in them is now."""
-
-
 def perform(stage: Stage) -> None:
     """Runs a stage, unless it has finished with the same settings and inputs."""
     try:
@@ -122,8 +120,6 @@ def perform(stage: Stage) -> None:
     except BaseException:
         put_back(stage)
         raise
-    finally:
-        _aside.clear()
 
 
 def begin(stage: Stage) -> bool:
@@ -145,14 +141,14 @@ def begin(stage: Stage) -> bool:
             aside = aside.with_name(f"{aside.name}-again")
         aside.parent.mkdir(parents=True, exist_ok=True)
         stage.folder.rename(aside)
-        _aside[stage.folder] = aside
+        stage._aside = aside
         say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}")
     return True
 
 
 def put_back(stage: Stage) -> None:
     """After a failure: what `begin` moved away returns, unless something has been trained in its place."""
-    aside = _aside.get(stage.folder)
+    aside = stage._aside
     metrics = stage.folder / "metrics.jsonl"
     if aside is None or (metrics.is_file() and metrics.stat().st_size):
         return

@@ -1,5 +1,7 @@
 """Which stages there are, and where their settings lie: what `megachat --help` needs, and no heavy import."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "conf"
@@ -20,3 +22,9 @@ def stages() -> dict[str, str]:
     return dict(
         sorted(described.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else last, item))
     )
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A question with the known name most like this one, or `otherwise` where none is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise

@@ -69,7 +69,7 @@ class Slurm:
         """What a Slurm command prints."""
         found = {**environment, "SLURM_CONF": str(self.conf)}
         return subprocess.run(
-            command, env=found, stdout=subprocess.PIPE, text=True, check=True, timeout=30
+            command, env=found, stdout=subprocess.PIPE, text=True, check=True, timeout=120
         ).stdout
 
     def wait(self, job: str, timeout: float) -> str:
@@ -131,7 +131,7 @@ def cluster() -> Iterator[Slurm]:
             )
         try:
             slurm = Slurm(conf)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while idle(slurm) < len(NODES):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"Slurm does not start\n{(folder / 'box.log').read_text()[-5000:]}")

@@ -32,7 +32,7 @@ PRELOAD = ["deepspeed", "torch._inductor.compile_fx", "datasketch", "grain", "wa
 """What ranks import sooner or later, and slowly (DeepSpeed's engine imports torch's compiler)."""
 
 
-def on_ranks(world: int, timeout: float = 120, device: str = "cpu") -> Callable[[Body], Body]:
+def on_ranks(world: int, timeout: float = 600, device: str = "cpu") -> Callable[[Body], Body]:
     """Runs the decorated test in `world` processes, with RANK, WORLD_SIZE, MASTER_ADDR and their like set.
 
     After `timeout` seconds all are killed and the test fails. `device="cuda"` gives rank r the GPU r.

@@ -63,11 +63,11 @@ def test_a_stopped_pipeline_stops_its_stage_which_saves_and_goes_on_later(run: P
         "stages=[pretrain]", f"overrides.pretrain=[{','.join(settings)}]",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (run / "pretrain" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "pretrain: asked to stop; saved at step" in printed
     assert "pretrain was stopped before its end" in printed

@@ -68,7 +68,7 @@ def test_sbatch_on_two_nodes_gives_the_losses_of_one_process_though_another_job_
         with suppress(OSError):  # somebody else has it: as good
             taken.enter_context(socket.create_server(("127.0.0.3", port_of_next_job(slurm))))
         job = submit(slurm, log, f"run={two}", f"inputs={run}", "model=gpt_3m", *TINY, *layout)
-        state = slurm.wait(job, timeout=300)
+        state = slurm.wait(job, timeout=600)
     assert state == "COMPLETED", log.read_text()
     assert len(list(two.glob("pretrain/checkpoints/*/tensors-*.safetensors"))) == 2  # each rank wrote its own
     losses = [row["loss"] for row in rows(two)]

@@ -8,7 +8,6 @@ A line that cannot be read stops the stage and says which line of which file it 
 lost its second half trains without complaint.
 """
 
-import glob
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from megachat.config import Config
-from megachat.data.document import read_lines
+from megachat.data.document import matching, read_lines
 
 Role = Literal["system", "user", "assistant"]
 ROLES = ("system", "user", "assistant")
@@ -244,9 +243,7 @@ def must_ask(prompt: tuple[Message, ...]) -> None:
 
 def read_json_lines(pattern: str, read: Callable[[dict[str, Any]], T]) -> list[T]:
     """Every line of the files through `read`; what it finds wrong is reported as `path:line: what`."""
-    paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    if any(path.is_dir() for path in paths):
-        raise ValueError(f"path: {pattern!r} is a folder; name its files, as in {pattern}/*.jsonl")
+    paths = matching(pattern, "*.jsonl")
     if not paths:
         raise ValueError(f"path: no file matches {pattern!r}; paths are relative to {Path.cwd()}")
     items = []

@@ -1,5 +1,6 @@
 """A text and where it came from, and the shards that hold many: `text-00000.jsonl.zst`, JSON line by line."""
 
+import glob
 import gzip
 import io
 import json
@@ -93,6 +94,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(
             f"{path}:{number + 1}: cannot be read ({why}); fetch or write the file again"
         ) from None
+
+
+def matching(pattern: str, example: str) -> list[Path]:
+    """The files that match, sorted. A folder is an error, which shows an `example` of a pattern below it."""
+    found = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    if not found and Path(pattern).is_dir():
+        raise ValueError(f"{pattern!r} is a folder; name its files, as in {pattern}/{example}")
+    return found
 
 
 def open_bytes(path: Path) -> io.BufferedReader:

@@ -4,7 +4,6 @@ Files may be many (`paths` are patterns) and compressed (.gz, .zst). A broken li
 never skipped: what is silently left out of a corpus is found when the model is trained.
 """
 
-import glob
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Literal
 import zstandard
 
 from megachat.config import Config
-from megachat.data.document import Document, open_bytes, read_lines
+from megachat.data.document import Document, matching, open_bytes, read_lines
 from megachat.data.harvest import library_documents
 
 
@@ -127,10 +126,7 @@ def files(patterns: list[str]) -> list[tuple[str, Path]]:
     """
     found: set[Path] = set()
     for pattern in patterns:
-        matches = {Path(name).absolute() for name in glob.glob(pattern, recursive=True)}
-        matches = {path for path in matches if path.is_file()}
-        if not matches and Path(pattern).is_dir():
-            raise ValueError(f"{pattern!r} is a folder; name its files, as in {pattern}/**/*.txt")
+        matches = {path.absolute() for path in matching(pattern, "**/*.txt")}
         if not matches:
             raise ValueError(f"no file matches {pattern!r} (from {Path.cwd()}); mend `paths` of the corpus")
         found |= matches

@@ -49,14 +49,14 @@ def compare(inputs: Path, alone: Path, run: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout=300)
+@on_ranks(2)
 def test_two_data_ranks_pay_what_one_process_pays(inputs: Path, alone: Path, run: Path) -> None:
     compare(inputs, alone, run, "parallel=zero1", "parallel.precision=fp32")
     compare(inputs, alone, run, "parallel=zero3", "parallel.precision=fp32")
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout=300)
+@on_ranks(2)
 def test_two_tensor_ranks_pay_what_one_process_pays(inputs: Path, alone: Path, run: Path) -> None:
     compare(inputs, alone, run, "parallel=zero1", "parallel.tensor=2", "parallel.precision=fp32")
 
@@ -90,18 +90,18 @@ def rollouts(inputs: Path, run: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout=300)
+@on_ranks(2)
 def test_data_ranks_sample_their_own_shares(inputs: Path, run: Path) -> None:
     rollouts(inputs, run, "parallel=zero1")
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout=300)
+@on_ranks(2)
 def test_ranks_that_hold_a_part_of_each_weight_sample_together(inputs: Path, run: Path) -> None:
     rollouts(inputs, run, "parallel=zero3")
 
 
 @pytest.mark.slow
-@on_ranks(2, timeout=300)
+@on_ranks(2)
 def test_tensor_ranks_sample_the_same_answers(inputs: Path, run: Path) -> None:
     rollouts(inputs, run, "parallel=zero1", "parallel.tensor=2")
