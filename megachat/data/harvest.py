@@ -267,7 +267,8 @@ def _signature(value: Any) -> str:
     parameters = []
     for parameter in signature.parameters.values():
         default = parameter.default
-        if default is not parameter.empty and type(default) not in plain:
+        odd = default is not parameter.empty and type(default) not in plain
+        if odd or default == sys.executable:  # platform.architecture's
             parameter = parameter.replace(default=_ELLIPSIS)
         parameters.append(parameter.replace(annotation=parameter.empty))
     return str(signature.replace(parameters=parameters, return_annotation=signature.empty))

@@ -87,6 +87,11 @@ def test_the_documents_are_source_topics_and_reference_with_unique_ids() -> None
     assert sum(len(document.text) for document in documents) > 5_000_000
 
 
+def test_no_document_names_the_python_that_runs() -> None:
+    # platform.architecture's first parameter has sys.executable for its default.
+    assert not any(sys.executable in document.text for document in library_documents())
+
+
 def test_a_reference_page_tells_every_sentence_of_its_module() -> None:
     page = next(document.text for document in library_documents() if document.id == "api/math")
     assert "math.gcd(*integers)\n    Greatest Common Divisor.\n" in page
