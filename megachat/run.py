@@ -56,6 +56,11 @@ class Stage(Config):
         return stage
 
     @property
+    def whole(self) -> bool:
+        """Whether all of it is to be done, and not one step of many."""
+        return True
+
+    @property
     def continues(self) -> bool:
         """Whether it goes on from what other settings made, instead of starting over."""
         return False
@@ -110,7 +115,7 @@ class Stage(Config):
 def perform(stage: Stage) -> None:
     """Runs a stage, unless it has finished with the same settings and inputs."""
     try:
-        if stage.trains or not stage.recorded:
+        if stage.trains or not stage.recorded or not stage.whole:
             stage.execute()
         elif begin(stage):
             record_config(stage)

@@ -1,271 +1,250 @@
 """STAGE clean: from sources to text shards in which every document is worth reading, and is there once.
 
-Each document is normalised, filtered and sketched on its own, by several processes, and then put on disk;
-only its sketch stays in memory, half a kilobyte. The second pass knows all sketches, and copies what is no
-duplicate. Which documents come out depends on nothing but the sources and the settings: not on the number of
-processes.
+The work is a chain of steps (see `steps.py`), each of many tasks that read files and write files: `collect`
+reads, mends and measures the documents, `select` applies the rules, `sign` to `settle` find the copies,
+`filter` writes what stays. Which documents come out depends on the sources and the settings alone: not on the
+number of shards, on who does the tasks, or on how often they were interrupted.
 """
 
-import multiprocessing
 import os
-import tempfile
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+import shutil
+import unicodedata
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from megachat.data.dedup import SCHEME, Dedup, Indices, digest, exact_copies
-from megachat.data.document import Document, read_documents, write_documents
-from megachat.data.filters import Filter, language_of, normalise
-from megachat.data.sources import Source
-from megachat.files import write_json
-from megachat.log import say, track
-from megachat.run import Stage
+from megachat.data.collect import EXAMPLES, Collect, Select, Write
+from megachat.data.copies import Corpus, Found, hot_buckets, search
+from megachat.data.dedup import Dedup
+from megachat.data.executor import Executor
+from megachat.data.filters import Filter
+from megachat.data.funnel import (
+    Funnel,
+    as_records,
+    clusters,
+    document,
+    kept,
+    lengths,
+    quarantine,
+    removed_examples,
+    table,
+)
+from megachat.data.jit import available
+from megachat.data.language import LanguageId
+from megachat.data.minhash import SCHEME
+from megachat.data.privacy import Privacy
+from megachat.data.repair import Boilerplate, Repair
+from megachat.data.sources import Part, Source
+from megachat.data.steps import Step, carry_out, folder
+from megachat.files import replacing, write_json
+from megachat.log import say
+from megachat.run import Stage, external
 
-BATCH = 1_000_000
-"""Characters given to a process at a time. A corpus no larger is cleaned without other processes."""
+PER_SHARD = 4_000_000
+"""Bytes of input for which another shard is made, unless `shards` says how many."""
+MOST_SHARDS = 1024
 
-EXAMPLES = 5
-"""Removed documents of each kind that the report shows."""
+COMPILE = 100_000_000
+"""Bytes of text above which compiling the signatures' loop pays."""
 
+FEW = 100
+"""A source with fewer documents may lose them all."""
 
-@dataclass(slots=True)
-class Row:
-    """One line of the table of what was removed, and why."""
-
-    step: str
-    reason: str
-    documents_in: int = 0
-    documents_removed: int = 0
-    bytes_removed: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def count(self, size: int, removed: bool, example: str) -> None:
-        """Takes note of one document that came to this step."""
-        self.documents_in += 1
-        if removed:
-            self.documents_removed += 1
-            self.bytes_removed += size
-            if len(self.examples) < EXAMPLES:
-                self.examples.append(example)
-
-
-@dataclass(frozen=True, slots=True)
-class Examined:
-    """A document, and what can be said of it without knowing the others."""
-
-    document: Document
-    size: int
-    """Bytes of UTF-8."""
-    passed: int
-    """How many of the steps it passed; the next one removes it."""
-    digest: bytes = b""
-    signature: bytes = b""
-    """Its MinHash; empty for a document removed, or too short to have one."""
+EMPTY = "empty, or nothing but control characters"
+EXACT = "the same text as an earlier document, but for blanks and letter case"
 
 
 class Clean(Stage):
     """Collects, cleans and deduplicates text."""
 
     name: ClassVar[str] = "clean"
-    neutral: ClassVar[tuple[str, ...]] = ("processes",)
+    neutral: ClassVar[tuple[str, ...]] = ("executor", "memory", "stage", "shard")
 
     corpus: dict[str, Source]
     """Where the text comes from; of two copies the one from the earlier source stays."""
+    repair: Repair
+    """How texts are brought to one spelling."""
+    language: LanguageId
+    """How languages are told apart."""
+    boilerplate: Boilerplate | None
+    """Lines to take out, such as cookie banners."""
+    privacy: Privacy | None
+    """What must not be learnt of people, and what is put in its place."""
     filters: dict[str, Filter]
     """The rules a document must pass, in this order."""
     dedup: Dedup
     """Which documents count as copies."""
-    processes: NonNegativeInt
-    """How many clean at once; 0: one per CPU core. It does not change the result."""
-    documents_per_shard: PositiveInt
-    """Documents in one file of the result."""
+    shards: NonNegativeInt
+    """Into how many files the corpus is cut, which is how many can work at it; 0: one per 4 MB, at most
+    1,024."""
+    executor: Executor
+    """Who does the work. It does not change the result."""
+    memory: PositiveFloat
+    """GB that a task may take for sorting."""
+    stage: str | None
+    """The one step to do, on a cluster without Ray: collect, select, sign, ... as `megachat clean` names
+    them."""
+    shard: Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")] | None
+    """With `stage`: which share of its tasks, as in 3/64 of an array of 64 jobs numbered from 0."""
+
+    @property
+    def whole(self) -> bool:
+        return self.stage is None
+
+    @property
+    def work(self) -> Path:
+        """Where the steps leave their files; other settings find there what they have in common."""
+        return (self.run / "work").absolute()
 
     def execute(self) -> None:
         """Writes `text-*.jsonl.zst` and, as `report.json`, what was removed and why."""
-        rows = [Row("normalise", "empty, or nothing but control characters")]
-        rows += [Row(name, rule.reason) for name, rule in self.filters.items()]
-        exact = Row("exact copies", "the same text as an earlier document, but for blanks and letter case")
-        near = Row("near copies", f"{self.dedup.threshold:.0%} or more of the MinHash of an earlier document")
-        kept = Counter[tuple[str, ...]]()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="filtered.", suffix=".tmp", dir=self.folder) as temporary:
-            sketches = Sketches(self.dedup)
-            # Closed here and now: the thread that collects garbage may be one that the pool waits for.
-            with closing(self._filtered(rows, sketches)) as filtered:
-                write_documents(Path(temporary), filtered, self.documents_per_shard)
-            distinct = deduplicated(read_documents(Path(temporary)), sketches, exact, near, kept)
-            write_documents(self.folder, distinct, self.documents_per_shard)
-        rows += [exact, near] if self.dedup.near else [exact]
-        write_json(self.folder / "report.json", report(rows, kept) | {"minhash": SCHEME})
+        steps = self._steps()
+        done = []
+        try:
+            while True:
+                step = next(steps)
+                if self.stage is None:
+                    carry_out(step, self.executor)
+                elif self._one(step):
+                    return
+                done.append(step)
+        except StopIteration as end:
+            if self.stage is not None:
+                raise ValueError(
+                    f"stage: there is no step {self.stage!r}; there are {', '.join(step.name for step in done)}"
+                ) from None
+            self._finish(end.value)
+
+    def _one(self, step: Step) -> bool:
+        """Whether this is the step that was asked for, now done; any before it must be done already."""
+        if step.name != self.stage:
+            if missing := step.missing():
+                raise ValueError(
+                    f"stage={self.stage} reads what {step.name} writes, and {len(missing)} of its {step.tasks} tasks "
+                    f"are not done (the first is {missing[0]}); run it first, with stage={step.name}"
+                )
+            return False
+        number, of = map(int, (self.shard or "0/1").split("/"))
+        if number >= of:
+            raise ValueError(f"shard={self.shard}: the {of} shares are 0/{of} to {of - 1}/{of}")
+        carry_out(step, self.executor, (number, of))
+        return True
+
+    def _steps(self) -> Generator[Step, None, "Made"]:
+        """The steps one by one, each when those before it have been carried out."""
+        tree = self.tree
+        shards = self._shards()
+        mending = {name: tree[name] for name in ("repair", "language", "boilerplate", "privacy")}
+        measuring = {
+            name: [type(filter).__name__, filter.model_dump(include={*filter.measured_by, "applies_to"})]
+            for name, filter in self.filters.items()
+        }
+        at = folder(
+            self.work, "collect", tree["corpus"], external(tree["corpus"]), mending, measuring, len(shards)
+        )
+        collect = Collect(
+            "collect", at, len(shards), Path.cwd(), self.corpus, shards,
+            self.repair, self.language, self.boilerplate, self.privacy, self.filters,
+        )  # fmt: skip
+        yield collect
+        sizes = tuple(record["documents"] for record in collect.records)
+        at = folder(self.work, "select", collect.folder.name, tree["filters"])
+        select = Select("select", at, len(shards), collect.folder, self.filters)
+        yield select
+        signing = self.dedup.model_dump(include={"words", "characters", "bands", "rows"})
+        corpus = Corpus(sizes, collect.folder, folder(self.work, "sign", collect.folder.name, signing))
+        amount = sum(path.stat().st_size for path in collect.folder.glob("*.parquet"))
+        fast = available() and amount > COMPILE
+        memory = int(self.memory * 1e9)
+        found = yield from search(self.work, corpus, select.folder, self.dedup, memory, fast)
+        at = folder(self.work, "filter", select.folder.name, found.exact.name, found.near.name)
+        write = Write("filter", at, len(shards), corpus, select.folder, found, (*self.filters,))
+        yield write
+        return Made(collect, select, write, found, corpus)
+
+    def _shards(self) -> tuple[tuple[tuple[str, Part], ...], ...]:
+        """The parts of all sources in order, cut into runs of about the same size."""
+        parts = []
+        for name, source in self.corpus.items():
+            own = source.parts()
+            if not own:
+                raise ValueError(f"corpus.{name}: holds no document; leave it out or mend its settings")
+            parts += [(name, part) for part in own]
+        if not parts:
+            raise ValueError("corpus: it names no source; choose one, as in corpus=python_library")
+        sizes = np.array([max(part.size, 1) for _, part in parts], dtype=np.float64)
+        count = self.shards or int(min(max(-(-sizes.sum() // PER_SHARD), 1), MOST_SHARDS))
+        # A part belongs to the shard in which its middle lies.
+        middle = np.cumsum(sizes) - sizes / 2
+        owner = np.minimum(middle * count // sizes.sum(), count - 1)
+        runs = [tuple(parts[row] for row in np.flatnonzero(owner == shard)) for shard in range(count)]
+        return tuple(run for run in runs if run)
+
+    def _finish(self, made: "Made") -> None:
+        """Puts the shards and the report in their places."""
+        funnel = Funnel.of(self._reasons(), made.collect.records, made.select.records, made.write.records)
+        rows = funnel.rows(removed_examples(made.write.records, made.corpus))
+        summary = kept(made.write.records)
+        if not summary["documents"]:
+            raise ValueError(f"no document is left; loosen the filter that removed the most\n{table(rows)}")
+        self._check_loss(funnel)
+        for task in range(made.write.tasks):
+            name = f"text-{task:05}.jsonl.zst"
+            with replacing(self.folder / name) as path:
+                link(made.write.folder / name, path)
+        buckets = [
+            {"band": band, "documents": hot.documents, "sample": document(made.corpus, hot.example)}
+            for band, hot in hot_buckets(made.found.join)[:EXAMPLES]
+        ]
+        report = {
+            "rows": [asdict(row) for row in rows],
+            "funnel": as_records(funnel),
+            **summary,
+            "lengths": lengths(made.write.records),
+            "clusters": clusters(made.found.settle, made.found, made.corpus),
+            "quarantine": quarantine(made.collect.records),
+            "hot_buckets": buckets,
+            "minhash": SCHEME,
+            "unicode": unicodedata.unidata_version,
+        }
+        write_json(self.folder / "report.json", report)
         say(table(rows))
 
-    def _filtered(self, rows: list[Row], sketches: "Sketches") -> Generator[Document, None, None]:
-        """The documents that pass all filters, sketched; the others are counted in `rows`."""
-        for examined in track(self._examined(), "clean", unit="doc"):
-            document = examined.document
-            example = f"{document.id}: {document.text[:80]!r}"
-            for step, row in enumerate(rows[: examined.passed + 1]):
-                row.count(examined.size, removed=step == examined.passed, example=example)
-            if examined.passed == len(rows):
-                sketches.add(examined)
-                yield document
-        if not rows[0].documents_in:
-            raise ValueError("corpus: it names no source; choose one, as in corpus=python_library")
-        if not sketches.digests:
-            raise ValueError(f"no document is left; loosen the filter that removed the most\n{table(rows)}")
+    def _reasons(self) -> dict[str, str]:
+        """The steps at which documents go, and why."""
+        reasons = {"normalise": EMPTY, **{name: rule.reason for name, rule in self.filters.items()}}
+        near = f"{self.dedup.threshold:.0%} or more of the MinHash of an earlier document"
+        return {**reasons, "exact copies": EXACT, "near copies": near}
 
-    def _examined(self) -> Iterator[Examined]:
-        """Every document of the corpus in its order; processes work ahead, two batches each."""
-        filters = list(self.filters.values())
-        batches = batched(self._documents())
-        head = list(islice(batches, 2))
-        processes = self.processes or cores()
-        if processes == 1 or len(head) < 2:
-            for batch in chain(head, batches):
-                yield from examine(batch, filters, self.dedup)
-            return
-        waiting: deque[Future[list[Examined]]] = deque()
-        # spawn: the fork of a process with threads (NumPy's, the progress bar's) can hang.
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-        try:
-            for batch in chain(head, batches):
-                waiting.append(pool.submit(examine, batch, filters, self.dedup))
-                if len(waiting) > 2 * processes:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError(f"a process died, out of memory perhaps; set less than {processes=}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _documents(self) -> Iterator[Document]:
-        for name, source in self.corpus.items():
-            empty = True
-            for document in source.documents():
-                empty = False
-                yield document
-            if empty:
-                raise ValueError(f"corpus.{name}: holds no document; leave it out or mend its settings")
+    def _check_loss(self, funnel: Funnel) -> None:
+        """No source may lose nearly everything as near copies unnoticed."""
+        for source, row in funnel.by_source():
+            lost = row.step == "near copies" and row.documents_removed / max(row.documents_in, 1)
+            if lost > self.dedup.largest_loss and row.documents_in >= FEW:
+                raise ValueError(
+                    f"{row.documents_removed:,} of the {row.documents_in:,} documents of {source!r} are near copies; "
+                    f"look at them in {self.work}, raise dedup.threshold, or allow it with dedup.largest_loss=1"
+                )
 
 
-def cores() -> int:
-    """The CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@dataclass(frozen=True)
+class Made:
+    """What the steps have left."""
+
+    collect: Step
+    select: Step
+    write: Step
+    found: Found
+    corpus: Corpus
 
 
-def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """The documents in lists of about `BATCH` characters."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def examine(documents: list[Document], filters: list[Filter], dedup: Dedup) -> list[Examined]:
-    """Normalises, filters and sketches; the work of one process."""
-    return [_examine(document, filters, dedup) for document in documents]
-
-
-def _examine(document: Document, filters: list[Filter], dedup: Dedup) -> Examined:
-    raw = len(document.text.encode(errors="replace"))
-    text = normalise(document.text)
-    if not text:
-        return Examined(document, raw, passed=0)
-    document = replace(document, text=text, language=document.language or language_of(text))
-    size = len(text.encode())
-    for passed, rule in enumerate(filters, 1):
-        if document.language in rule.applies_to and not rule.keep(document):
-            return Examined(document, size, passed)
-    signature = dedup.signature(text) if dedup.near else None
-    return Examined(
-        document, size, len(filters) + 1, digest(text), b"" if signature is None else signature.tobytes()
-    )
-
-
-class Sketches:
-    """Digest and signature of every filtered document, in order: what finds the copies."""
-
-    def __init__(self, dedup: Dedup) -> None:
-        self.dedup = dedup
-        self.digests: list[bytes] = []
-        self.signed: list[int] = []
-        """The numbers of the documents that have a signature."""
-        self.signatures = bytearray()
-
-    def add(self, examined: Examined) -> None:
-        """Appends the next document."""
-        if examined.signature:
-            self.signed.append(len(self.digests))
-            self.signatures += examined.signature
-        self.digests.append(examined.digest)
-
-    def copies(self) -> tuple[Indices, Indices]:
-        """For each document the one that stays in its stead: by exact copies, and by near ones of the
-        rest."""
-        exact = exact_copies(self.digests)
-        near = np.arange(len(exact))
-        signed = np.array(self.signed, dtype=np.int64)
-        rows = np.frombuffer(self.signatures, dtype=np.uint32).reshape(len(signed), self.dedup.permutations)
-        once = exact[signed] == signed
-        signed = signed[once]
-        near[signed] = signed[self.dedup.near_copies(rows[once])]
-        return exact, near
-
-
-def deduplicated(
-    documents: Iterable[Document], sketches: Sketches, exact: Row, near: Row, kept: Counter[tuple[str, ...]]
-) -> Iterator[Document]:
-    """The documents that are no copies; the others are counted in the rows, these in `kept`."""
-    exact_of, near_of = sketches.copies()
-    originals = {*exact_of[exact_of != np.arange(len(exact_of))].tolist()}
-    originals |= {*near_of[near_of != np.arange(len(near_of))].tolist()}
-    names: dict[int, str] = {}  # of documents that have copies
-    for number, document in enumerate(documents):
-        size = len(document.text.encode())
-        if number in originals:
-            names[number] = document.id
-        of = int(exact_of[number])
-        exact.count(size, of != number, f"{document.id} = {names.get(of)}")
-        if of == number:
-            of = int(near_of[number])
-            near.count(size, of != number, f"{document.id} ~ {names.get(of)}")
-        if of == number:
-            for group in ("languages", document.language), ("sources", document.source):
-                kept[*group, "documents"] += 1
-                kept[*group, "bytes"] += size
-            yield document
-
-
-def report(rows: list[Row], kept: Counter[tuple[str, ...]]) -> dict[str, Any]:
-    """What `report.json` says."""
-    tree: dict[str, Any] = {"rows": [asdict(row) for row in rows], "languages": {}, "sources": {}}
-    for (group, name, unit), count in sorted(kept.items()):
-        tree[group].setdefault(name, {})[unit] = count
-    for unit in ("documents", "bytes"):
-        tree[unit] = sum(language[unit] for language in tree["languages"].values())
-    return tree
-
-
-def table(rows: list[Row]) -> str:
-    """The removals as text."""
-    lines = [f"{'step':<15}{'documents in':>14}{'removed':>10}{'MB removed':>12}   because"]
-    for row in rows:
-        counts = f"{row.documents_in:>14,}{row.documents_removed:>10,}{row.bytes_removed / 1e6:>12.3f}"
-        lines.append(f"{row.step:<15}{counts}   {row.reason}")
-    return "\n".join(lines)
+def link(old: Path, new: Path) -> None:
+    """The same file under another name, or a copy where there can be none."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)

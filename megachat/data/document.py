@@ -60,6 +60,18 @@ def write_documents(folder: Path, documents: Iterable[Document], per_shard: int)
     return count
 
 
+def write_shard(path: Path, documents: Iterable[Document]) -> int:
+    """Writes a shard, whole or not at all; returns how many documents it has."""
+    count = 0
+    # One frame with a checksum: the reader notices a flipped bit and a missing end.
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    with replacing(path) as temporary, temporary.open("wb") as file, compressor.stream_writer(file) as shard:
+        for document in documents:
+            shard.write((json.dumps(asdict(document), ensure_ascii=False) + "\n").encode())
+            count += 1
+    return count
+
+
 def read_documents(folder: Path) -> Iterator[Document]:
     """The documents that `write_documents` wrote to `folder`, in their order."""
     shards = sorted(folder.glob(SHARDS))

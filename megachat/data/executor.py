@@ -1,0 +1,83 @@
+"""Who does the tasks of a step: this process, others on this machine, or Ray's on many.
+
+The one file that imports ray. Ray gets tasks alone, no state and no data: they read and write files that
+every machine sees, so a task that is lost is done again elsewhere.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from megachat.config import Config
+
+Task = Callable[[int], None]
+
+
+class Executor(Config):
+    """Runs tasks."""
+
+    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[int]:
+        """Runs the task for every number, and yields each that is done. The first error ends it."""
+        raise NotImplementedError
+
+
+class Local(Executor):
+    """Processes on this machine."""
+
+    processes: NonNegativeInt
+    """How many at once; 0: one per CPU core."""
+
+    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[int]:
+        processes = min(self.processes or cores(), len(numbers))
+        if processes <= 1:
+            for number in numbers:
+                task(number)
+                yield number
+            return
+        # spawn: the fork of a process with threads (NumPy's, the progress bar's) can hang.
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        try:
+            waiting = {pool.submit(task, number): number for number in numbers}
+            for done in as_completed(waiting):
+                done.result()
+                yield waiting[done]
+        except BrokenProcessPool:
+            raise ValueError(
+                "a process was killed, perhaps for want of memory; what is done is kept: run the same command "
+                f"again, with fewer than executor.processes={processes} if it was memory"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Ray(Executor):
+    """Ray's workers: of a cluster, or, with address=local, of this machine (https://docs.ray.io)."""
+
+    address: str
+    """Of the cluster's head; `auto` finds the one that this machine belongs to."""
+    cores: PositiveInt
+    """CPU cores that a task is given."""
+    retries: NonNegativeInt
+    """How often a task is tried again whose machine was lost."""
+
+    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[int]:
+        try:
+            import ray
+        except ImportError:
+            raise ValueError("executor=ray needs Ray; pip install 'megachat[ray]'") from None
+        ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+        remote = ray.remote(num_cpus=self.cores, max_retries=self.retries)(task)
+        waiting = {remote.remote(number): number for number in numbers}
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting))
+            ray.get(done)
+            yield waiting.pop(done)
+
+
+def cores() -> int:
+    """The CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,107 @@
+"""What deduplication keeps of the documents of one shard: under 300 bytes each, whatever their length.
+
+Per document and band 12 bytes, sorted by band key: enough to find whoever shares the band by reading the same
+range of every shard, a few megabytes at a time. Per document a digest of 12 bytes that finds exact copies the
+same way, and 8 bits of each hash value of its MinHash (b-bit minwise hashing, Li and König, 2010,
+https://arxiv.org/abs/0910.3349): enough to tell how alike two documents are that share a band. All are .npy
+files, mapped into memory and never unpickled.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megachat.data.minhash import Signatures, Texts
+from megachat.files import replacing
+
+Keys = NDArray[np.uint64]
+Rows = NDArray[np.uint32]
+Sketches = NDArray[np.uint8]
+
+CHANCE = 1 / 256
+"""How often 8 bits are equal though the hash values are not."""
+
+_BLANKS = b" \t\n\r\x0b\x0c"
+_LOWER = bytes(range(65)) + bytes(range(97, 123)) + bytes(range(91, 256))
+_DIGEST = np.dtype([("key", "<u8"), ("check", "<u4")])
+
+
+def digests(texts: Texts) -> NDArray[Any]:
+    """96 bits of each text; equal for texts that differ in blanks and the case of A to Z alone."""
+    sums = b"".join(hashlib.sha256(text.translate(_LOWER, _BLANKS)).digest()[:12] for text in texts)
+    return np.frombuffer(sums, dtype=_DIGEST)
+
+
+def band_keys(signatures: Signatures, bands: int) -> Keys:
+    """A number for each band of each signature, `bands` rows of them; chance makes two the same about
+    never."""
+    documents, values = signatures.shape
+    rows = values // bands
+    # Odd numbers, so that no bit of a hash value is lost modulo 2^64; then MurmurHash3's finaliser.
+    mixers = np.random.default_rng(0).integers(2**63, size=rows, dtype=np.uint64) * np.uint64(2) + np.uint64(
+        1
+    )
+    keys = np.zeros((bands, documents), dtype=np.uint64)
+    for row, mixer in enumerate(mixers):
+        keys += signatures[:, row::rows].T.astype(np.uint64) * mixer
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        keys = (keys ^ (keys >> np.uint64(33))) * np.uint64(factor)
+    return keys ^ (keys >> np.uint64(33))
+
+
+def sketches(signatures: Signatures) -> Sketches:
+    """8 bits of each hash value."""
+    return (signatures & np.uint32(0xFF)).astype(np.uint8)
+
+
+def agreement(left: Sketches, right: Sketches) -> NDArray[np.float64]:
+    """The share of hash values that each pair has in common, which estimates its Jaccard similarity."""
+    return ((left == right).mean(axis=1) - CHANCE) / (1 - CHANCE)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of one shard. `key`s are sorted; `rows` says whose they are."""
+
+    exact: Keys
+    check: Rows
+    """The rest of the digest."""
+    exact_rows: Rows
+    bands: Keys
+    """A row for each band."""
+    band_rows: Rows
+    sketches: Sketches
+    """One for each document, of zeros for one too short to have a shingle."""
+
+    @staticmethod
+    def make(found: NDArray[Any], signatures: Signatures, signed: NDArray[np.bool_], bands: int) -> "Index":
+        """From the digest and the signature of every document, and which of these are signed."""
+        order = np.lexsort((found["check"], found["key"]))  # stable: equal ones by row
+        rows = np.flatnonzero(signed).astype(np.uint32)
+        keys = band_keys(signatures[rows], bands)
+        orders = np.argsort(keys, axis=1, kind="stable")
+        return Index(
+            found["key"][order],
+            found["check"][order],
+            order.astype(np.uint32),
+            np.take_along_axis(keys, orders, axis=1),
+            rows[orders],
+            sketches(signatures) * signed[:, None],
+        )
+
+    def write(self, folder: Path) -> None:
+        """As a folder of .npy files."""
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for name, values in vars(self).items():
+                np.save(temporary / f"{name}.npy", values, allow_pickle=False)
+
+    @staticmethod
+    def read(folder: Path) -> "Index":
+        """Maps the files into memory; nothing is read yet."""
+        names = Index.__dataclass_fields__
+        return Index(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names})

@@ -1,0 +1,137 @@
+"""The search for copies: what it finds is what datasketch's index finds, however it is cut into tasks."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasketch import MinHash, MinHashLSH
+
+from megachat.config import decode
+from megachat.data.copies import Corpus, search
+from megachat.data.dedup import Dedup
+from megachat.data.executor import Executor, Local
+from megachat.data.minhash import Texts
+from megachat.data.steps import carry_out
+from megachat.stages import CONF
+
+DEDUP: Dedup = decode(yaml.safe_load((CONF / "dedup" / "default.yaml").read_text()))
+LAX = DEDUP.model_copy(update={"threshold": 0.0})
+"""Without verification."""
+
+
+def english(rng: random.Random, words: int = 300) -> str:
+    return " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(words))
+
+
+def chinese(rng: random.Random, characters: int = 400) -> str:
+    return "".join(
+        chr(rng.randrange(0x4E00, 0x9FA5)) + ("，" if n % 12 == 11 else "") for n in range(characters)
+    )
+
+
+def edited(text: str, rng: random.Random, changes: int) -> str:
+    letters = list(text)
+    for place in rng.sample(range(len(letters)), changes):
+        letters[place] = "q" if text.isascii() else "龘"
+    return "".join(letters)
+
+
+def planted() -> list[str]:
+    """A hundred texts in two languages, three light edits and a copy of every fifth, and some too short."""
+    rng = random.Random(0)
+    originals = [english(rng) if n % 2 else chinese(rng) for n in range(100)]
+    copies = [edited(originals[n], rng, changes=3) for n in range(0, 100, 5) for _ in range(3)]
+    return [
+        *originals,
+        *copies,
+        *(originals[n].upper() for n in range(0, 100, 5)),
+        "short",
+        "Short ",
+        "other",
+    ]
+
+
+def found(
+    texts: list[str],
+    work: Path,
+    dedup: Dedup = DEDUP,
+    shards: int = 1,
+    memory: int = 1 << 30,
+    executor: Executor | None = None,
+) -> dict[int, int]:
+    """Copies, and what stays in their stead, in a corpus of these texts."""
+    bounds = [len(texts) * part // shards for part in range(shards + 1)]
+    for shard, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        (work / "texts").mkdir(parents=True, exist_ok=True)
+        (work / "passed").mkdir(exist_ok=True)
+        part = texts[begin:end]
+        columns = {"text": part, "characters": [len(text) for text in part]}
+        pq.write_table(pa.table(columns), work / "texts" / f"{shard:05}.parquet", row_group_size=7)
+        np.save(work / "passed" / f"{shard:05}.npy", np.zeros(end - begin, dtype=np.uint8))
+    corpus = Corpus(tuple(np.diff(bounds).tolist()), work / "texts", work / "index")
+    steps = search(work, corpus, work / "passed", dedup, memory, fast=False)
+    while True:
+        try:
+            carry_out(next(steps), executor or Local(processes=1))
+        except StopIteration as end:
+            listed = end.value
+            break
+    pairs = np.concatenate([part for shard in range(shards) for part in listed.of(corpus, shard)], axis=1)
+    return dict(zip(*pairs.tolist(), strict=True))
+
+
+def connected(documents: int, pairs: list[tuple[int, int]]) -> list[int]:
+    """The smallest document each is connected to, the slow way."""
+    smallest = list(range(documents))
+    for _ in range(documents):
+        for a, b in pairs:
+            smallest[a] = smallest[b] = min(smallest[a], smallest[b])
+    return smallest
+
+
+def test_without_verification_those_go_whom_datasketchs_index_connects(tmp_path: Path) -> None:
+    texts = planted()[:160]
+    signatures, _ = DEDUP.signer.sign(Texts.of(texts), fast=False)
+    index = MinHashLSH(num_perm=112, params=(14, 8))
+    theirs = [MinHash(112, scheme="affine32", hashvalues=row) for row in signatures]
+    for number, sketch in enumerate(theirs):
+        index.insert(number, sketch)
+    pairs = [(a, b) for a, sketch in enumerate(theirs) for b in index.query(sketch) if a < b]
+    smallest = connected(len(texts), pairs)
+    expected = {number: of for number, of in enumerate(smallest) if number != of}
+    assert found(texts, tmp_path, LAX) == expected
+    assert len(expected) > 50
+
+
+def test_planted_copies_go_in_both_languages_and_nothing_else_does(tmp_path: Path) -> None:
+    edits = {100 + 3 * n + k: 5 * n for n in range(20) for k in range(3)}
+    assert found(planted(), tmp_path) == edits | {160 + n: 5 * n for n in range(20)} | {181: 180}
+
+
+@pytest.mark.parametrize("shards", [2, 3, 16])
+@pytest.mark.parametrize("memory", [1 << 30, 3000])
+def test_shards_and_memory_change_nothing(shards: int, memory: int, tmp_path: Path) -> None:
+    whole = found(planted(), tmp_path / "whole")
+    assert found(planted(), tmp_path / "cut", shards=shards, memory=memory) == whole
+
+
+def test_the_longest_stays_where_it_is_to_stay(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    text = english(rng)
+    texts = [text, english(rng), text + " one more", text + " and two more words"]
+    longest = DEDUP.model_copy(update={"keep": "longest"})
+    assert found(texts, tmp_path / "first") == {2: 0, 3: 0}
+    assert found(texts, tmp_path / "longest", longest) == {0: 3, 2: 3}
+
+
+def test_a_bucket_too_large_pairs_nobody_and_is_reported(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    text = english(rng)
+    texts = [edited(text, rng, 1) for _ in range(40)] + [english(rng) for _ in range(10)]
+    assert len(found(texts, tmp_path / "all")) == 39
+    few = DEDUP.model_copy(update={"largest_bucket": 20})
+    assert len(found(texts, tmp_path / "few", few)) < 39
