@@ -1,0 +1,114 @@
+"""Text in one spelling: broken encodings mended, one kind of line end, one Unicode form, nothing invisible.
+
+What is clean stays as it is, byte for byte; what is broken by more than its spelling is left to the filters.
+Mojibake is mended by ftfy (Speer, 2019, https://doi.org/10.5281/zenodo.2591652), which reads 2 MB/s: so it
+sees only lines that have characters all mojibake has, and that few languages use next to each other.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Any, Literal
+
+from megachat.config import Config
+
+_surrogate = re.compile("[\ud800-\udfff]")
+_control = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+
+# The first byte of a character in UTF-8 is C2 to F4 and is followed by 80 to BF: as Latin-1, cp1250 to cp1257
+# and cp437 show them; and as Mac Roman does, whose first bytes are quotation marks and the like. Two patterns:
+# Python's re skips to the first character of a pattern fast only where that is one class.
+_western = re.compile(
+    "[\xa1-\u017f\u0386-\u03ff\u0401-\u045f\u0490\u0491\u2219\u221a\u2500-\u25a0]"
+    "[\x80-\u017f\u0192\u02c6-\u02dd\u0384-\u03ff\u0401-\u045f\u0490\u0491\u2013-\u2044\u20a7\u20ac\u2116"
+    "\u2122\u2202-\u2265\u2310-\u25ca\ufb01\ufb02\ufffd]"
+)
+_macintosh = re.compile("[\u0192\u02c6-\u02dd\u2013-\u2044\u2202-\u2265\u25ca\ufb01\ufb02][\xa1-\xff]")
+
+_joiner = re.compile(
+    # Arabic script and those of India and South East Asia spell with them; emoji are joined by them.
+    "(?<![\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u200c\ufb50-\ufdff\ufe0f\ufe70-\ufefc"
+    "\u2190-\u2bff\U0001f000-\U0001faff])[\u200c\u200d]"
+)
+_invisible = re.compile(
+    "(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])\u200b"  # where it is what separates words
+    "|[\xad\u180e\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufff9-\ufffb]"
+    "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]"  # tags: in flags, or to hide text
+)
+_hidden = re.compile("[\xad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufff9-\ufffb\U000e0000-\U000e007f]")
+
+Form = Literal["NFC", "NFKC", "none"]
+
+
+def normalise(text: str, form: Form = "NFC") -> str:
+    """The same text in one spelling: NFC, lines ended by a newline, no control characters.
+
+    NFC and not NFKC: NFKC would rewrite x² as x2 and full-width Chinese punctuation as ASCII.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.isascii():
+        if _surrogate.search(text):
+            # The two halves of a character make it whole; one alone has no meaning.
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if form != "none":
+            text = unicodedata.normalize(form, text)
+    return _control.sub("", text).strip("\n ")
+
+
+def suspicious(text: str) -> bool:
+    """Whether two characters follow each other as those do that ftfy could mend."""
+    return bool(_western.search(text) or _macintosh.search(text))
+
+
+class Repair(Config):
+    """What is mended, and what is made the same."""
+
+    mojibake: bool
+    """Whether ftfy mends text that was read in a wrong encoding: schÃ¶n becomes schön."""
+    form: Form
+    """The Unicode form. NFKC also makes ²  2 and ， a comma, so it changes what some texts are about."""
+    invisible: Literal["keep", "remove"]
+    """Zero-width, bidirectional and tag characters, soft hyphens. Joiners stay where a script or an emoji is
+    spelt with them."""
+    replacement: Literal["keep", "remove"]
+    """U+FFFD, which stands for what could not be read; how many there are is a sign of quality."""
+    blanks: Literal["keep", "trim", "squeeze"]
+    """`trim` ends no line with a blank and leaves two empty lines at most; `squeeze` also makes each run of
+    blanks inside of a line one, and all kinds of them a space: not for code or tables."""
+
+    def apply(self, text: str) -> str:
+        """The text in one spelling."""
+        if not text.isascii():
+            if self.mojibake and suspicious(text):
+                lines = text.split("\n")
+                text = "\n".join(_unbroken()(line) if suspicious(line) else line for line in lines)
+            if self.replacement == "remove":
+                text = text.replace("\ufffd", "")
+            if self.invisible == "remove" and _hidden.search(text):
+                text = _invisible.sub("", _joiner.sub("", text))
+        text = normalise(text, self.form)
+        if self.blanks == "keep":
+            return text
+        lines = [line.rstrip() for line in text.split("\n")]
+        if self.blanks == "squeeze":
+            lines = [line[: len(line) - len(line.lstrip(" \t"))] + " ".join(line.split()) for line in lines]
+        text = "\n".join(lines)
+        return _empty_lines.sub("\n\n\n", text) if "\n\n\n\n" in text else text
+
+
+@functools.cache
+def _unbroken() -> Callable[[str], Any]:
+    """ftfy's repair of encodings, and nothing else of what it can do: quotes and ligatures are no mistakes."""
+    try:
+        import ftfy
+    except ImportError:
+        raise ValueError(
+            "mending mojibake needs ftfy; pip install 'megachat[data]', or set repair.mojibake=false"
+        ) from None
+    settings = ftfy.TextFixerConfig(
+        unescape_html=False, remove_terminal_escapes=False, fix_latin_ligatures=False,
+        fix_character_width=False, uncurl_quotes=False, fix_line_breaks=False, fix_surrogates=False,
+        remove_control_chars=False, normalization=None,
+    )  # fmt: skip
+    return functools.partial(ftfy.fix_text, config=settings)
