@@ -87,7 +87,9 @@ class Benchmarks(Config):
         for pattern in self.paths:
             found = matching(pattern, "*.jsonl")
             if not found:
-                raise ValueError(f"no file matches {pattern!r} (from {Path.cwd()}); mend `paths` of the benchmarks")
+                raise ValueError(
+                    f"no file matches {pattern!r} (from {Path.cwd()}); mend `paths` of the benchmarks"
+                )
             for path in found:
                 # Not the suffix alone: gsm8k/test.jsonl and mmlu/test.jsonl are two benchmarks.
                 name = f"{path.absolute().parent.name}/{path.name}"
@@ -109,7 +111,9 @@ class Benchmarks(Config):
             except ValueError as why:
                 raise ValueError(f"{path}:{number}: not JSON ({why}); mend the line or delete it") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: {line[:40]!r} is no JSON object; mend the line or delete it")
+                raise ValueError(
+                    f"{path}:{number}: {line[:40]!r} is no JSON object; mend the line or delete it"
+                )
             yield number, self._joined(path, number, record)
 
     def _rows(self, path: Path) -> Iterator[tuple[int, str]]:

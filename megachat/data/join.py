@@ -6,7 +6,7 @@ A single key that more than `most` documents share (a template, a page of boiler
 reported.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,9 @@ RECORD = 64
 Run = tuple[Keys, Rows, Rows]
 """Of one shard: sorted keys, the rest of each (the digest's; nothing for a band), and the rows they belong
 to."""
+
+Part = tuple[Keys, Rows, Numbers]
+"""Sorted keys, the rest of each, and the documents they belong to."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ class Join:
         order = np.argsort(copy)
         return copy[order], original[order]
 
-    def _groups(
-        self, runs: Sequence[Run], low: int, high: int, whole: bool = True
-    ) -> Iterator[tuple[Keys, Rows, Numbers]]:
+    def _groups(self, runs: Sequence[Run], low: int, high: int, whole: bool = True) -> Iterator[Part]:
         """The keys of [low, high), sorted, and the documents they belong to, in order; as much as fits at
         once.
 
@@ -107,22 +108,34 @@ class Join:
             middle = (low + high) // 2
             yield from self._groups(runs, low, middle, whole)
             yield from self._groups(runs, middle, high, whole)
-        elif total > room and whole:
-            shard = next(number for number, (begin, end) in enumerate(spans) if begin < end)
-            row = runs[shard][2][spans[shard][0]]
-            self.hot.append(Hot(total, int(self.offsets[shard]) + int(row)))
         elif total > room:
-            for number, (begin, end) in enumerate(spans):
-                for start in range(begin, end, room):
-                    yield self._sorted(
-                        [runs[number]], [(start, min(start + room, end))], self.offsets[number : number + 1]
-                    )
+            pieces = (
+                self._sorted(
+                    [runs[number]], [(start, min(start + room, end))], self.offsets[number : number + 1]
+                )
+                for number, (begin, end) in enumerate(spans)
+                for start in range(begin, end, room)
+            )
+            yield from self._unless_hot(pieces) if whole else pieces
         elif total > 1:
             yield self._sorted(runs, spans, self.offsets)
 
-    def _sorted(
-        self, runs: Sequence[Run], spans: Sequence[tuple[int, ...]], offsets: Numbers
-    ) -> tuple[Keys, Rows, Numbers]:
+    def _unless_hot(self, pieces: Iterable[Part]) -> Iterator[Part]:
+        """The documents of one key together, unless they are too many."""
+        found: list[Part] = []
+        count = 0
+        for piece in pieces:
+            count += len(piece[0])
+            if count <= self.most or not found:
+                found.append(piece)
+        if count > self.most:
+            first = next(int(numbers[0]) for _, _, numbers in found if len(numbers))
+            self.hot.append(Hot(count, first))
+        else:
+            keys, rest, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+            yield keys, rest, numbers
+
+    def _sorted(self, runs: Sequence[Run], spans: Sequence[tuple[int, ...]], offsets: Numbers) -> Part:
         parts = [
             (keys[begin:end], rest[begin:end], rows[begin:end] + offset)
             for (keys, rest, rows), (begin, end), offset in zip(runs, spans, offsets, strict=True)

@@ -49,7 +49,14 @@ SCRIPTS = {
 }
 """Scripts, each under the language that it decides, or under its own name if many languages share it."""
 
-SHARED = {"cyrillic": "ru", "arabic": "ar", "devanagari": "hi", "bengali": "bn", "hebrew": "he", "ethiopic": "am"}
+SHARED = {
+    "cyrillic": "ru",
+    "arabic": "ar",
+    "devanagari": "hi",
+    "bengali": "bn",
+    "hebrew": "he",
+    "ethiopic": "am",
+}
 """What a shared script is taken for without a model: the language with the most text on the web."""
 
 TELLING = [

@@ -427,9 +427,13 @@ class BadWords(Filter):
 @functools.cache
 def _any_of(path: Path) -> re.Pattern[str]:
     """Finds the words of a file: whole ones, but in scripts that put no blanks between them anywhere."""
-    words = sorted({line.strip().lower() for _, line in read_lines(path)} - {""}, key=lambda word: (-len(word), word))
+    words = sorted(
+        {line.strip().lower() for _, line in read_lines(path)} - {""}, key=lambda word: (-len(word), word)
+    )
     if not words:
         raise ValueError(f"{path}: has no word; write one on each line, or leave the rule out")
     unspaced = re.compile(f"[{UNSPACED}]")
-    parts = [re.escape(word) if unspaced.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)" for word in words]
+    parts = [
+        re.escape(word) if unspaced.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)" for word in words
+    ]
     return re.compile("|".join(parts))

@@ -1,7 +1,6 @@
 """Signatures: equal to datasketch's, equal with and without numba, and of what the fold says counts."""
 
 import numpy as np
-import pytest
 from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
