@@ -147,7 +147,7 @@ class Clean(Stage):
             self.work, "collect", tree["corpus"], external(tree["corpus"]), mending, measuring, len(shards)
         )
         collect = Collect(
-            "collect", at, len(shards), Path.cwd(), self.corpus, shards,
+            "collect", at, len(shards), self.corpus, shards,
             self.repair, self.language, self.boilerplate, self.privacy, self.filters,
         )  # fmt: skip
         yield collect

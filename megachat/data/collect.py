@@ -52,8 +52,6 @@ SCHEMA = {
 class Collect(Step):
     """Reads, mends and measures; a task for each shard, which is a run of the corpus's parts."""
 
-    home: Path
-    """The folder that paths are relative to."""
     corpus: Mapping[str, Source]
     shards: tuple[tuple[tuple[str, Part], ...], ...]
     """For each shard its parts, each with the name of its source."""

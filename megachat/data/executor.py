@@ -70,12 +70,20 @@ class Ray(Executor):
         except ImportError:
             raise ValueError("executor=ray needs Ray; pip install 'megachat[ray]'") from None
         ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
-        remote = ray.remote(num_cpus=self.cores, max_retries=self.retries)(task)
+        home = os.getcwd()
+        remote = ray.remote(num_cpus=self.cores, max_retries=self.retries)(
+            lambda number: _at(home, task, number)
+        )
         waiting = {remote.remote(number): number for number in numbers}
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
             ray.get(done)
             yield waiting.pop(done)
+
+
+def _at(home: str, task: Task, number: int) -> None:
+    os.chdir(home)  # what relative paths are relative to
+    task(number)
 
 
 def cores() -> int:
