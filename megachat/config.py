@@ -76,10 +76,12 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
 
     `experiment=quickstart` becomes the group choice `experiment/quickstart/<stage>.yaml` and the run folder
     `runs/quickstart`; an unknown key is passed on (`++key`) so that `decode` reports it with the others;
-    a value that Hydra cannot lex (Chinese, apostrophes, a comma outside a sweep) is quoted.
+    a value that Hydra cannot lex (Chinese, apostrophes, a comma outside a sweep) is quoted; where one
+    corpus is chosen, `corpus=files corpus.path=DIR` need not say `corpus.files.path`.
 
     Example: rewrite("chat", ["prompt=What's new?"]) -> ["++prompt='What\\'s new?'"]
     """
+    only = dict(filter(None, map(_only_block, overrides)))
     out: list[str] = []
     mistakes: list[str] = []
     for override in overrides:
@@ -93,10 +95,21 @@ def rewrite(stage: str, overrides: Sequence[str], sweep: bool = False) -> list[s
             out.append(override)
             mistakes += _no_options(bare, value)
         else:
+            group, _, rest = key.partition(".")
+            if group in only and rest.partition(".")[0] != only[group]:
+                key = f"{group}.{only[group]}.{rest}"
             out.append(f"++{key}={quoted(value, sweep)}")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return out
+
+
+def _only_block(override: str) -> tuple[str, str] | None:
+    """("corpus", "files") of `corpus=files`, where the YAML holds one block of its own name."""
+    group, _, value = override.partition("=")
+    name = value.strip("[]")
+    path = CONF / group / f"{name}.yaml"
+    return (group, name) if path.is_file() and list(OmegaConf.load(path)) == [name] else None
 
 
 def _is_group(key: str) -> bool:

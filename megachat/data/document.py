@@ -1,22 +1,34 @@
 """A text and where it came from, and the shards that hold many: `text-00000.jsonl.zst`, JSON line by line."""
 
+import bz2
 import glob
 import gzip
+import importlib
 import io
 import json
 import os
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import zstandard
 
 from megachat.files import replacing
 
 SHARDS = "text-*.jsonl.zst"
+
+COMPRESSED = (".gz", ".bz2", ".zst")
+
+DAMAGE = (EOFError, OSError, zlib.error)
+"""What readers of compressed files raise."""
+
+EXCERPT = 200
+"""Characters shown of what is broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,21 @@ class Document:
     """The name of the source it came from."""
     language: str = ""
     """One of en, zh, code, other; empty until it has been looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What should have been a document, and could not be read."""
+
+    place: str
+    """The file, and the line, row or record in it."""
+    why: str
+    """What is wrong, and what to do."""
+    excerpt: str
+    """How it begins, as far as that is known."""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.why}"
 
 
 def write_documents(folder: Path, documents: Iterable[Document], per_shard: int) -> int:
@@ -91,21 +118,60 @@ def read_shard(path: Path) -> Iterator[Document]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file that may be compressed (.gz, .zst), counted from 1, without line ends."""
+    """The lines of a UTF-8 file that may be compressed, counted from 1, without line ends."""
+    for number, line in scan_lines(str(path), longest=sys.maxsize - 1):
+        if isinstance(line, Broken):
+            raise ValueError(str(line))
+        yield number, line
+
+
+def scan_lines(place: str, longest: int) -> Iterator[tuple[int, str | Broken]]:
+    """Like `read_lines`, of a path or URL; a line that is broken takes its place, and the others follow.
+
+    Never more than `longest` bytes of a line are held. Where a file is damaged, its last line is broken.
+    """
     number = 0
     try:
-        with open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                # Windows begins files with a byte order mark.
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as why:
-        raise ValueError(
-            f"{path}:{number}: not UTF-8 ({why}); convert the file to UTF-8 or remove the line"
-        ) from None
-    except (EOFError, OSError, zstandard.ZstdError) as why:
-        raise ValueError(
-            f"{path}:{number + 1}: cannot be read ({why}); fetch or write the file again"
-        ) from None
+        with open_bytes(place) as file:
+            while line := file.readline(longest + 1):
+                number += 1
+                if len(line) > longest and not line.endswith(b"\n"):
+                    yield number, too_long(f"{place}:{number}", "line", longest, line)
+                    while (rest := file.readline(1 << 16)) and not rest.endswith(b"\n"):
+                        pass
+                    continue
+                try:
+                    # Windows begins files with a byte order mark.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as why:
+                    remedy = "convert the file to UTF-8 or remove the line"
+                    yield number, Broken(f"{place}:{number}", f"not UTF-8 ({why}); {remedy}", excerpt(line))
+                else:
+                    yield number, text.rstrip("\r\n")
+    except DAMAGE as why:
+        yield number + 1, damaged(f"{place}:{number + 1}", why)
+
+
+def damaged(place: str, why: Exception) -> Broken:
+    """What is said of a damaged file from here on. Where disk or network fail, that is always an error."""
+    message = f"cannot be read ({why}); fetch or write the file again"
+    # A decompressor's complaint is a plain OSError without a number.
+    if isinstance(why, OSError) and (why.errno or type(why) not in (OSError, gzip.BadGzipFile)):
+        raise ValueError(f"{place}: {message}") from None
+    return Broken(place, message, excerpt="")
+
+
+def too_long(place: str, what: str, longest: int, start: str | bytes) -> Broken:
+    """What is said of a line, file or record that is not read because of its size."""
+    return Broken(
+        place, f"the {what} is longer than {longest:,} bytes; cut it up, or raise `longest`", excerpt(start)
+    )
+
+
+def excerpt(text: str | bytes) -> str:
+    """The beginning of something, which can be printed and written whatever it is."""
+    data = text[:EXCERPT].encode("utf-8", "backslashreplace") if isinstance(text, str) else text[:EXCERPT]
+    return data.decode("utf-8", "backslashreplace")
 
 
 def matching(pattern: str, example: str) -> list[Path]:
@@ -116,46 +182,39 @@ def matching(pattern: str, example: str) -> list[Path]:
     return found
 
 
-def open_bytes(path: Path) -> io.BufferedReader:
-    """Opens a file for reading; .gz and .zst are decompressed on the way."""
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        return io.BufferedReader(_Zstandard(path), 1 << 16)
-    return path.open("rb")
+@contextmanager
+def open_bytes(place: str | Path) -> Iterator[io.BufferedReader]:
+    """Opens a path or URL for reading; .gz, .bz2 and .zst are decompressed on the way."""
+    ending = os.path.splitext(place)[1]
+    with _open(str(place)) as file:
+        if ending in COMPRESSED and not file.peek(1):
+            raise EOFError("it is empty, which a compressed file never is")
+        if ending == ".gz":
+            yield io.BufferedReader(gzip.GzipFile(fileobj=file))
+        elif ending == ".bz2":
+            yield io.BufferedReader(bz2.BZ2File(file))
+        elif ending == ".zst":
+            # Not zstandard's readers: one takes a file cut off for a complete one, the other holds in memory
+            # all that a block of input gives, however much that is.
+            import pyarrow
+
+            yield io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        else:
+            yield file
 
 
-class _Zstandard(io.RawIOBase):
-    """Reads all frames of a file. zstandard's own reader takes a file that was cut off for a complete one."""
+def _open(place: str) -> io.BufferedReader:
+    if "://" not in place:
+        return open(place, "rb")
+    return io.BufferedReader(need("fsspec").open(place, "rb").open(), 1 << 20)
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
-        self.begun = True  # a frame, so that its end is owed: even a file of nothing compressed holds one
-        self.ready = b""
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            data = self.frame.unused_data if self.frame.eof else b""
-            if self.frame.eof:
-                self.frame, self.begun = zstandard.ZstdDecompressor().decompressobj(), False
-            data = data or self.file.read(1 << 16)
-            if not data:
-                if self.begun:
-                    raise EOFError("the file ends in the middle")
-                return 0
-            self.begun = True
-            self.ready = self.frame.decompress(data)
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+def need(module: str) -> ModuleType:
+    """An optional library."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as why:
+        raise ValueError(f"{why}; this kind of corpus needs `pip install 'megachat[data]'`") from None
 
 
 def _shard(folder: Path | str, number: int) -> Path:

@@ -75,17 +75,28 @@ class Member:
 
 def library_documents() -> Iterator[Document]:
     """Every source file, every help topic, and one reference page per public module."""
-    yield from source_files()
-    yield from help_topics()
-    yield from reference_pages()
+    documents = (library_document(kind, name) for kind, name in library_outline())
+    return (document for document in documents if document is not None)
 
 
-def source_files() -> Iterator[Document]:
-    """The modules' source, a file each; `lib/json/decoder.py` is the id of one."""
-    for name in _python_files():
+def library_outline() -> list[tuple[str, str]]:
+    """What `library_document` takes, in the order of the corpus. Nothing is read or imported for it yet."""
+    return [
+        *(("library", name) for name in _python_files()),
+        *(("topics", name) for name in sorted(_topics())),
+        *(("reference", name) for name in public_modules()),
+    ]
+
+
+def library_document(kind: str, name: str) -> Document | None:
+    """One of the outline, or None where it has no text on this machine."""
+    if kind == "library":  # a module's source; `lib/json/decoder.py` is the id of one
         text = (LIBRARY / name).read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield Document(id=f"lib/{name}", text=text, source="library", language="code")
+        return Document(f"lib/{name}", text, kind, "code") if text.strip() else None
+    if kind == "topics":  # a chapter of the language reference that `help("topics")` lists
+        return Document(f"topic/{name}", _topics()[name].strip() + "\n", kind, "en")
+    found = _module(name)  # what a reference manual says of a public module, made from its docstrings
+    return Document(f"api/{name}", _page(*found), kind, "en") if found and found[2] else None
 
 
 @functools.cache
@@ -102,20 +113,9 @@ def _python_files() -> list[str]:
     return sorted(found)
 
 
-def help_topics() -> Iterator[Document]:
-    """The chapters of the language reference that `help("topics")` lists."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    for name, text in sorted(topics.items()):
-        yield Document(id=f"topic/{name}", text=text.strip() + "\n", source="topics", language="en")
-
-
-def reference_pages() -> Iterator[Document]:
-    """What a reference manual says of each public module, made from its docstrings."""
-    for module, doc, members in _modules():
-        if members:
-            yield Document(
-                id=f"api/{module}", text=_page(module, doc, members), source="reference", language="en"
-            )
+def _topics() -> dict[str, str]:
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return topics
 
 
 def _page(module: str, doc: str, members: tuple[Member, ...]) -> str:
@@ -183,19 +183,20 @@ def first_sentence(doc: str) -> str:
     return sentence if plain else ""
 
 
-@functools.cache
-def _modules() -> tuple[tuple[str, str, tuple[Member, ...]], ...]:
+def _modules() -> Iterator[tuple[str, str, tuple[Member, ...]]]:
     """(name, docstring, members) of every public module that can be imported, sorted by name."""
-    found = []
-    for name in public_modules():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module = importlib.import_module(name)
-                found.append((name, _doc(module), tuple(_members(name, module))))
-        except Exception:  # for another system, or built without an optional library
-            continue
-    return tuple(found)
+    return (found for name in public_modules() if (found := _module(name)))
+
+
+@functools.cache
+def _module(name: str) -> tuple[str, str, tuple[Member, ...]] | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = importlib.import_module(name)
+            return name, _doc(module), tuple(_members(name, module))
+    except Exception:  # for another system, or built without an optional library
+        return None
 
 
 def public_modules() -> list[str]:

@@ -1,0 +1,168 @@
+"""Files of text and of tables: JSON lines, plain text, Parquet; and a folder in which all kinds lie mixed.
+
+Any of them may be compressed (.gz, .bz2, .zst), and lie anywhere that fsspec reaches.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import PositiveInt
+
+from megachat.data.document import (
+    COMPRESSED,
+    DAMAGE,
+    Broken,
+    Document,
+    damaged,
+    excerpt,
+    open_bytes,
+    scan_lines,
+    too_long,
+)
+from megachat.data.sources.base import Keys, Outside, Part
+from megachat.data.sources.places import files
+
+BATCH = 1 << 23
+"""Bytes of Parquet's text that are Python's at a time, or the longest row."""
+
+KNOWN = [".jsonl", ".json", ".parquet", ".txt", ".md", ".warc", ".wet", ".xml", *COMPRESSED]
+"""Endings that `Files` knows; the last three come after one of the others."""
+
+
+class FileSource(Outside):
+    """Files; each is a part."""
+
+    paths: list[str]
+    """Patterns like data/wiki-*.jsonl.zst or s3://bucket/crawl/**/*.parquet; `**` matches folders too."""
+    longest: PositiveInt
+    """Bytes of the longest line, row, record, or file that is a document; a longer one cannot be read."""
+
+    def parts(self) -> list[Part]:
+        return files(self.paths, "paths")
+
+
+class JsonLines(Keys, FileSource):
+    """One JSON object per line, the text under one key."""
+
+    def records(self, part: Part) -> Iterator[Document | Broken]:
+        return self.documents_of(self._objects(part), part, self.name)
+
+    def _objects(self, part: Part) -> Iterator[tuple[int, Any]]:
+        for number, line in scan_lines(part.place, self.longest):
+            if isinstance(line, Broken):
+                yield number, line
+            elif line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as why:
+                    message = f"not JSON ({why}); mend the line or delete it"
+                    yield number, Broken(f"{part.place}:{number}", message, excerpt(line))
+
+
+class PlainText(FileSource):
+    """One document per file, UTF-8."""
+
+    def records(self, part: Part) -> Iterator[Document | Broken]:
+        lines: list[str] = []
+        size = 0
+        for number, line in scan_lines(part.place, self.longest):
+            if isinstance(line, Broken):
+                yield line
+                return
+            size += len(line.encode()) + 1
+            if size > self.longest + 1:
+                yield too_long(f"{part.place}:{number}", "file", self.longest, lines[0])
+                return
+            lines.append(line)
+        yield Document(id=part.name, text="\n".join(lines), source=self.name)
+
+
+class Parquet(Keys, FileSource):
+    """A column of text in Parquet files."""
+
+    def records(self, part: Part) -> Iterator[Document | Broken]:
+        return self.documents_of(self._rows(part), part, self.name)
+
+    def _rows(self, part: Part) -> Iterator[tuple[int, Any]]:
+        import pyarrow.parquet
+
+        row = 0
+        try:
+            with open_bytes(part.place) as file:
+                # Parquet is read from its end: what is compressed must be in memory as a whole.
+                whole = part.place.endswith(COMPRESSED)
+                table = pyarrow.parquet.ParquetFile(
+                    pyarrow.BufferReader(file.read()) if whole else file, buffer_size=1 << 20
+                )
+                names = table.schema_arrow.names
+                for column in self.keys:
+                    if column not in names:
+                        raise ValueError(f"{part.place}: no column {column!r} among {names}; mend the corpus")
+                groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+                largest = max(
+                    (group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0
+                )
+                rows = max(1, min(1024, BATCH // (largest + 1)))
+                for batch in table.iter_batches(batch_size=rows, columns=self.keys):
+                    for record in batch.to_pylist():
+                        row += 1
+                        text = record[self.text]
+                        if isinstance(text, str) and len(text.encode()) > self.longest:
+                            yield row, too_long(f"{part.place}:{row}", "row", self.longest, text)
+                        else:
+                            yield row, record
+        except (pyarrow.ArrowException, *DAMAGE) as why:
+            yield row + 1, damaged(f"{part.place}:{row + 1}", why)
+
+
+class Files(Keys, Outside):
+    """A folder, or a pattern; the name of each file says how it is read."""
+
+    path: str
+    """A folder, all files of which are meant, or a pattern."""
+    longest: PositiveInt
+    """Bytes of the longest line, row, record, or file that is a document; a longer one cannot be read."""
+    precise: bool
+    """Of web pages: drop what may be boilerplate, at the price of some text."""
+
+    def parts(self) -> list[Part]:
+        parts = files([self.path], "path", folders=True)
+        unknown = [part.place for part in parts if self._reader(part) is None]
+        if unknown and self.on_error == "stop":
+            raise ValueError(
+                f"{unknown[0]}: its name does not say how to read it ({len(unknown)} such files); give "
+                f"`path` a pattern without them, or set on_error=quarantine. Known are {', '.join(KNOWN)}"
+            )
+        return parts
+
+    def records(self, part: Part) -> Iterator[Document | Broken]:
+        reader = self._reader(part)
+        if reader is not None:
+            return reader.records(part)
+        why = f"its name does not say how to read it; known are {', '.join(KNOWN)}"
+        return iter([Broken(part.place, why, excerpt=part.name)])
+
+    def _reader(self, part: Part) -> FileSource | None:
+        # Here, because they are `FileSource`s of this module.
+        from megachat.data.sources.web import WebArchive
+        from megachat.data.sources.wikipedia import Wikipedia
+
+        name = PurePosixPath(part.name.lower())
+        ending = (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix
+        settings = self.model_dump(exclude={"path", "text", "id", "language", "precise"})
+        settings |= {"paths": [part.place]}
+        keys: dict[str, Any] = {"text": self.text, "id": self.id, "language": self.language}
+        if ending in (".jsonl", ".json"):
+            return JsonLines(**settings, **keys)
+        if ending == ".parquet":
+            return Parquet(**settings, **keys)
+        if ending in (".txt", ".md"):
+            return PlainText(**settings)
+        if ending in (".warc", ".wet"):
+            return WebArchive(**settings, precise=self.precise)
+        # Wikimedia cuts its dumps into enwiki-...-articles1.xml-p1p41242.bz2 and so on.
+        if ending == ".xml" or ending.startswith(".xml-p"):
+            return Wikipedia(**settings)
+        return None
