@@ -17,7 +17,7 @@ from megachat.align.logprobs import token_logps
 from megachat.align.pairs import own
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
-from megachat.data.conversations import Conversation, Conversations, Message, share
+from megachat.data.conversations import Conversation, Conversations, Message, opening, share
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.tokenizer.chat_format import render, render_prompt
@@ -132,8 +132,3 @@ class SFT(Task):
         with run.engines["model"].inference() as model:
             (new,) = generate(model, [prompt], greedy, {run.tokenizer.end}, synced=run.synced)
         return f"{self.question} {run.tokenizer.decode(new)}"
-
-
-def opening(conversation: Conversation) -> str:
-    """What decides whether a conversation is held out: the first thing the user says."""
-    return next(message.content for message in conversation.messages if message.role == "user")

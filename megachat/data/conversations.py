@@ -180,6 +180,11 @@ def answered(prompt: tuple[Message, ...], answer: str) -> Conversation:
     return Conversation((*prompt, Message("assistant", answer)))
 
 
+def opening(conversation: Conversation) -> str:
+    """What decides whether a conversation is held out: the first thing the user says."""
+    return next(message.content for message in conversation.messages if message.role == "user")
+
+
 def share(text: str) -> float:
     """A number in [0, 1) that follows from the text alone, evenly spread: where to cut a set in two for good.
 

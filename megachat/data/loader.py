@@ -1,61 +1,93 @@
-"""Token windows, in one order for all ranks: which samples a step reads depends on nothing else.
+"""Samples of tokens in one order for all ranks: which ones a step reads depends on nothing else.
 
-The order is a list of window numbers, shuffled anew each epoch and endless. A step takes the next so many of
-it, and each rank its slice; so world size, micro-batch and workers do not change what is read, and where a
-run stands in its data is one number, the samples consumed. grain computes the shuffle index by index: no list
-is ever in memory.
+A sample is a window of a source's tokens, or a row of its documents. The samples of a source are shuffled
+anew in each epoch, endlessly; a mixture says whose turn it is. A step takes the next so many of that order,
+and each rank its slice; so world size, micro-batch and workers do not change what is read, and where a run
+stands in its data is one number, the samples consumed. grain computes the shuffle index by index: no list is
+ever in memory.
 """
 
+import hashlib
+import json
 import logging
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megachat.data.shards import Shard
+from megachat.data.mixture import Phase, Schedule, Turns
+from megachat.data.shards import Shards
+from megachat.stages import did_you_mean
 
 if TYPE_CHECKING:
     import grain
 
+T = TypeVar("T")
+
 Window = dict[str, NDArray[np.int64]]
+
+WHOLE = "the whole corpus"
+"""What the one source is called where sources are not told apart."""
+
+OnChange = Literal["refuse", "extend", "restart"]
 
 
 class TokenWindows:
-    """The tokens of a shard cut into windows of `length`, each with the label of its last token.
+    """Tokens cut into windows of `length`, each with the label of its last token.
 
     Windows ignore where documents begin; `documents` tells, so that attention can stay inside one.
     """
 
-    def __init__(self, shard: Shard, length: int) -> None:
-        self.shard, self.length = shard, length
+    def __init__(self, shards: Shards, length: int) -> None:
+        self.shards, self.length = shards, length
         if len(self) < 1:
+            paths = ", ".join(str(shard.path) for shard in shards.shards)
             raise ValueError(
-                f"{shard.path} has {len(shard.tokens):,} tokens, but one window of {length:,} and the label "
-                f"after it take {length + 1:,}; add text, use a smaller context, or, if it is the validation "
-                "shard that is short, encode again with a larger validation=..."
+                f"{paths} has {shards.size:,} tokens, but one window of {length:,} and the label after it "
+                f"take {length + 1:,}; add text, use a smaller context, or, if it is the validation shard "
+                "that is short, encode again with a larger validation=..."
             )
 
     def __len__(self) -> int:
-        return max(len(self.shard.tokens) - 1, 0) // self.length
+        return max(self.shards.size - 1, 0) // self.length
 
     def __getitem__(self, number: int) -> Window:
         start = int(number) * self.length
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
-        positions = np.arange(start, start + self.length + 1)
+        stop = start + self.length + 1
+        first, last = np.searchsorted(self.shards.documents, (start, stop - 1), side="right").tolist()
+        edges = self.shards.documents[first:last].tolist()  # where documents begin inside the window
+        lengths = np.diff([start, *edges, stop])
         return {
-            "tokens": self.shard.tokens[start : start + self.length + 1].astype(np.int64),
-            "documents": np.searchsorted(self.shard.documents, positions, side="right") - 1,
+            "tokens": self.shards.read(start, stop),
+            "documents": np.repeat(np.arange(first - 1, last), lengths),
         }
 
 
 def order(source: Any, seed: int) -> "grain.MapDataset[Any]":
     """The samples of any indexable source, shuffled, endlessly repeated, shuffled anew in each epoch."""
+    return _grain().MapDataset.source(source).shuffle(seed).repeat()
+
+
+def mixed(sources: Mapping[str, Any], plan: "Plan") -> "grain.MapDataset[Any]":
+    """The samples of all sources, each in its own `order`, in the turns that the plan gives them."""
+    schedule = plan.schedule
+    orders = [order(sources[name], plan.seed_of(name)) for name in schedule.names]
+    return _grain().MapDataset.select_from_datasets(orders, schedule)
+
+
+def _grain() -> Any:
     # Imported here, for it takes a second; and it warns that there is no jax, which nothing here needs.
     logging.getLogger("absl").addFilter(lambda record: "jax" not in record.getMessage())
     import grain
 
-    return grain.MapDataset.source(source).shuffle(seed).repeat()
+    return grain
 
 
 def share(samples: "grain.MapDataset[Any]", start: int, count: int, rank: int, world: int) -> list[Any]:
@@ -70,3 +102,118 @@ def share(samples: "grain.MapDataset[Any]", start: int, count: int, rank: int, w
         )
     each = count // world
     return [samples[start + rank * each + number] for number in range(each)]
+
+
+def ahead(read: Callable[[int], T], start: int, stride: int, steps: int) -> Iterator[T]:
+    """`read(start)`, `read(start + stride)`, ... without end, `steps` of them read before they are asked for.
+
+    A thread reads: numpy copies and the disk work while Python trains, and nothing is sent between processes.
+    """
+    if not steps:
+        while True:
+            yield read(start)
+            start += stride
+    with ThreadPoolExecutor(1, "loader") as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            while True:
+                while len(waiting) <= steps:
+                    waiting.append(pool.submit(read, start))
+                    start += stride
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read in which order, in names and numbers: what a checkpoint remembers of its data."""
+
+    seed: int
+    sources: dict[str, str]
+    """The sha256 of what each source's samples are made of: its shards, and how they are cut."""
+    phases: list[dict[str, Any]]
+    """`samples` (null in the last one) and `weights` of each."""
+    offsets: dict[str, int]
+    """How far ahead of its turns a source stands; behind, where it came later."""
+
+    @classmethod
+    def of(
+        cls,
+        sources: Mapping[str, Shards],
+        how: Sequence[Any],
+        phases: Sequence[Phase],
+        length: int,
+        seed: int,
+    ) -> "Plan":
+        """The plan of a fresh run. `how`: what else samples follow from besides the shards and the seed."""
+        for phase in phases:
+            unknown = [name for name in phase.weights if name not in sources]
+            if unknown:
+                hint = did_you_mean(unknown[0], sources, f"there are {', '.join(map(repr, sources))}")
+                raise ValueError(f"mixture: the corpus has no source {unknown[0]!r}; {hint}")
+            if phase.tokens is not None and phase.tokens < length:
+                raise ValueError(
+                    f"mixture: a phase of tokens={phase.tokens} is shorter than one sample, {length}"
+                )
+        entries = [
+            {"samples": phase.tokens and phase.tokens // length, "weights": phase.weights} for phase in phases
+        ]
+        made_of = {name: _digest([shards.sums, *how, length, seed]) for name, shards in sources.items()}
+        return cls(seed, made_of, entries or [{"samples": None, "weights": dict.fromkeys(sources, 1.0)}], {})
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Whose turn it is, and which of its samples."""
+        phases = [Turns(phase["samples"], phase["weights"]) for phase in self.phases]
+        return Schedule(phases, self.offsets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Two plans with the same one read the same samples in the same order."""
+        return _digest([self.seed, self.sources, self.phases])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, beside the number of samples consumed."""
+        return asdict(self) | {"fingerprint": self.fingerprint}
+
+    def seed_of(self, source: str) -> int:
+        """Of a source's shuffle. Not seed + 1, + 2, ...: grain's own for the epochs."""
+        return self.seed if source == WHOLE else int(_digest([self.seed, source])[:8], 16)
+
+    def continued(self, state: Mapping[str, Any], samples: int, on_change: OnChange) -> "Plan":
+        """This plan for a run that has consumed `samples` by the plan of that `state`.
+
+        If they differ: `extend` goes on where each source stands that has not changed, and begins the others;
+        `restart` begins all sources. Steps and phases go on in any case.
+        """
+        if not state:  # of a checkpoint from before there was any
+            return self
+        before = Plan(**{name: value for name, value in state.items() if name != "fingerprint"})
+        if before.fingerprint == self.fingerprint:
+            return replace(self, offsets=before.offsets)
+        if on_change == "refuse":
+            raise ValueError(
+                f"the data is not what this run has been reading: {self._differences(before)}; go on with "
+                "on_changed_data=extend (sources that are unchanged go on where they stand), with "
+                "on_changed_data=restart (all are read from their beginning), or bring the old data back"
+            )
+        stood = before.schedule.positions(samples) if on_change == "extend" else {}
+        kept = {name: at for name, at in stood.items() if self.sources.get(name) == before.sources[name]}
+        due = self.schedule.positions(samples)
+        return replace(self, offsets={name: kept.get(name, 0) - count for name, count in due.items()})
+
+    def _differences(self, before: "Plan") -> str:
+        new = [f"{name} is new" for name in self.sources if name not in before.sources]
+        gone = [f"{name} is gone" for name in before.sources if name not in self.sources]
+        changed = [
+            f"{name} has changed"
+            for name, made_of in self.sources.items()
+            if before.sources.get(name, made_of) != made_of
+        ]
+        return ", ".join([*new, *gone, *changed]) or "the weights of its mixture have changed"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

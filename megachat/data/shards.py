@@ -7,12 +7,18 @@ nothing.
 The index, little-endian: b"MMIDIDX\\0\\0", version 1 (uint64), kind of ids (uint8), sequences (uint64),
 documents + 1 (uint64), then per sequence its length (int32) and the byte it starts at (int64), then per
 document its first sequence, and the number of sequences (int64). We write one sequence per document, and read
-any.
+any. Conversations have a third file beside, which Megatron ignores: `name.mask.bin`, a byte per token that is
+1 where the token is trained on.
+
+The stage `encode` writes a shard per split and source, `train/wiki.bin`, and in its `manifest.json` what each
+holds, in the order of the corpus.
 """
 
+import json
 import os
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,12 +26,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megachat.files import replacing
+from megachat.files import replacing, sha256
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 KINDS = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Megatron's code for a type of ids -> NumPy's."""
+
+CHUNK = 1 << 24
+"""Tokens copied at a time from shard to shard."""
 
 
 class ShardWriter:
@@ -34,38 +43,69 @@ class ShardWriter:
     Leaving the block by an error discards what was written, and keeps an earlier shard of this name.
     """
 
-    def __init__(self, prefix: Path, vocab: int) -> None:
+    def __init__(self, prefix: Path, vocab: int, masked: bool = False) -> None:
+        """With `masked`, every document is added with its mask, and `prefix.mask.bin` is written, too."""
         self.prefix, self.vocab = prefix, vocab
         self.kind = 8 if vocab <= 65_536 else 4
-        self.lengths: list[int] = []
+        self.lengths: list[NDArray[np.int32]] = []
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = prefix.with_name(f"{prefix.name}.bin.{os.getpid()}.tmp")
-        self.file = self.temporary.open("wb")
+        endings = (".bin", ".mask.bin") if masked else (".bin",)
+        self.files = {ending: self._temporary(ending).open("wb") for ending in endings}
 
-    def add(self, tokens: Sequence[int] | NDArray[Any]) -> None:
+    def add(self, tokens: Sequence[int] | NDArray[Any], mask: Sequence[int] | None = None) -> None:
         """Appends one document."""
-        ids = np.asarray(tokens)
-        assert len(ids), "a document has no tokens"
-        assert 0 <= ids.min() <= ids.max() < self.vocab, (
-            f"{ids.min()} to {ids.max()} are not ids below {self.vocab}"
-        )
-        self.file.write(ids.astype(KINDS[self.kind]).tobytes())
-        self.lengths.append(len(ids))
+        self.add_many(np.asarray(tokens), [len(tokens)], mask)
+
+    def add_many(
+        self,
+        tokens: NDArray[Any],
+        lengths: Sequence[int] | NDArray[Any],
+        mask: Sequence[int] | NDArray[Any] | None = None,
+    ) -> None:
+        """Appends documents of these lengths, whose tokens (and masks) follow each other."""
+        sizes = np.asarray(lengths, dtype="<i4")
+        assert sizes.size == 0 or sizes.min() > 0, "a document has no tokens"
+        assert sizes.sum(dtype=np.int64) == len(tokens), f"{len(tokens)} tokens are not {lengths}"
+        if len(tokens):
+            least, most = tokens.min(), tokens.max()
+            assert 0 <= least <= most < self.vocab, f"{least} to {most} are not ids below {self.vocab}"
+        assert (mask is not None) == (".mask.bin" in self.files), "either all documents have a mask, or none"
+        if mask is not None:
+            trained = np.asarray(mask, dtype="u1")
+            assert len(trained) == len(tokens), f"{len(tokens)} tokens have {len(trained)} places in the mask"
+            assert trained.size == 0 or trained.max() <= 1, "a mask is 0 or 1"
+            self.files[".mask.bin"].write(trained.tobytes())
+        self.files[".bin"].write(tokens.astype(KINDS[self.kind]).tobytes())
+        self.lengths.append(sizes)
+
+    def append(self, shard: "Shard") -> None:
+        """Appends all documents of another shard."""
+        lengths = np.diff(shard.documents)
+        first = 0
+        while first < len(shard):  # whole documents at a time, but at least one
+            start = shard.documents[first]
+            last = max(first + 1, int(np.searchsorted(shard.documents, start + CHUNK, side="right")) - 1)
+            self.add_many(shard.tokens[start : shard.documents[last]], lengths[first:last])
+            first = last
 
     def close(self) -> None:
         """Puts the shard in its place. The index comes last: a shard without one does not count as there."""
-        self.file.close()
-        prefix = str(self.prefix)
-        index = Path(prefix + ".idx")
+        for file in self.files.values():
+            file.close()
+        index = Path(f"{self.prefix}.idx")
         index.unlink(missing_ok=True)
-        with replacing(Path(prefix + ".bin")) as path:
-            os.replace(self.temporary, path)
+        for ending in self.files:
+            with replacing(Path(f"{self.prefix}{ending}")) as path:
+                os.replace(self._temporary(ending), path)
         with replacing(index) as path:
             path.write_bytes(self._index())
 
+    def _temporary(self, ending: str) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}{ending}.{os.getpid()}.part.tmp")
+
     def _index(self) -> bytes:
-        count = len(self.lengths)
-        lengths = np.array(self.lengths, dtype="<i4")
+        lengths = np.concatenate([np.empty(0, "<i4"), *self.lengths]).astype("<i4")
+        count = len(lengths)
         sizes = lengths.astype("<i8") * np.dtype(KINDS[self.kind]).itemsize
         pointers = np.concatenate([[0], np.cumsum(sizes)[:-1]])[:count].astype("<i8")
         header = HEADER.pack(MAGIC, 1, self.kind, count, count + 1)
@@ -73,8 +113,9 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Forgets what was added."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
+        for ending, file in self.files.items():
+            file.close()
+            self._temporary(ending).unlink(missing_ok=True)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -100,7 +141,7 @@ class Shard:
 
     def __init__(self, prefix: Path) -> None:
         index, binary = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        self.path = binary
+        self.path, self.index = binary, index
         for path in (index, binary):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; `megachat encode` writes it")
@@ -128,3 +169,75 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.documents) - 1
+
+    @property
+    def mask(self) -> NDArray[np.uint8] | None:
+        """1 for each token that is trained on, mapped into memory; None where the shard has no mask."""
+        path = self.path.with_name(f"{self.path.name.removesuffix('.bin')}.mask.bin")
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        if size != len(self.tokens):
+            raise ValueError(
+                f"{path} holds {size} bytes for {len(self.tokens)} tokens; write the shard again"
+            )
+        return np.memmap(path, "u1", mode="r") if size else np.empty(0, "u1")
+
+    @cached_property
+    def sums(self) -> list[str]:
+        """The sha256 of its two files: read in full, unless `read_split` found them in a manifest."""
+        return [sha256(self.path), sha256(self.index)]
+
+
+class Shards:
+    """Shards read one after the other, as if they were one."""
+
+    documents: NDArray[np.int64]
+    """Where each document begins, and at the end how many tokens there are."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        assert shards, "no shards"
+        self.shards = list(shards)
+        self.starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
+        if len(shards) == 1:
+            self.documents = shards[0].documents
+        else:
+            parts = [
+                shard.documents[:-1] + start for shard, start in zip(shards, self.starts[:-1], strict=True)
+            ]
+            self.documents = np.concatenate([*parts, self.starts[-1:]])
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return int(self.starts[-1])
+
+    @property
+    def sums(self) -> list[str]:
+        """The sha256 of all their files."""
+        return [one for shard in self.shards for one in shard.sums]
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The tokens from `start` to `stop`, which may lie in several shards."""
+        if len(self.shards) == 1:
+            return self.shards[0].tokens[start:stop].astype(np.int64)
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        begin = int(self.starts[first])
+        found = self.shards[first].tokens[start - begin : stop - begin].astype(np.int64)
+        if begin + len(self.shards[first].tokens) >= stop:
+            return found
+        return np.concatenate([found, self.read(start + len(found), stop)])
+
+
+def read_split(folder: Path, split: str) -> dict[str, Shard]:
+    """The shards of a split that `encode` wrote to `folder`, by source, in the corpus's order."""
+    manifest = folder / "manifest.json"
+    entries = json.loads(manifest.read_text(encoding="utf-8")).get("shards") if manifest.is_file() else None
+    if entries is None:  # a folder with one shard per split, of no particular source
+        return {"": Shard(folder / split)}
+    found = {}
+    for prefix, entry in entries.items():
+        if entry["split"] == split:
+            found[entry["source"]] = shard = Shard(folder / prefix)
+            shard.sums = list(entry["sha256"].values())
+    return found

@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from megachat.data.conversations import Preference, Preferences, Prompt, Prompts
 from megachat.data.loader import TokenWindows
-from megachat.data.shards import Shard
+from megachat.data.shards import Shards, read_split
 from megachat.evals.answers import Answer, answer, best_device, context_of, divergences, rewards
 from megachat.evals.bits import bits_per_byte, spread
 from megachat.evals.recall import recall
@@ -184,7 +184,8 @@ class Evaluate(Stage):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
         length = self.context or context_of(loaded.model)
-        source = TokenWindows(Shard(self.source("encode") / "validation"), length)
+        shards = read_split(self.source("encode"), "validation")
+        source = TokenWindows(Shards(list(shards.values())), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes
         return {name: bits_per_byte(loaded.model, windows, lengths, self.batch, self.seed, name)}

@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -114,6 +115,22 @@ class Tokenizer:
     def token_bytes(self) -> NDArray[np.int64]:
         """How many bytes of text each token stands for; 0 for control tokens."""
         return np.array([len(self._bytes[token]) for token in range(self.vocab)], dtype=np.int64)
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """What sentencepiece calls each token."""
+        return [self._processor.id_to_piece(token) for token in range(self.vocab)]
+
+    @property
+    def learnt(self) -> list[str]:
+        """The pieces that are neither control symbols nor bytes, the first to be merged first."""
+        of = self._processor
+        tokens = [
+            token
+            for token in range(self.vocab)
+            if not (of.is_control(token) or of.is_unknown(token) or of.is_byte(token))
+        ]
+        return [of.id_to_piece(token) for token in sorted(tokens, key=lambda token: -of.get_score(token))]
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for, which may be half a character."""

@@ -1,17 +1,19 @@
 """The stage `tokenizer`: learns a vocabulary from the cleaned text, by byte-pair encoding.
 
 The idea is Sennrich et al.'s (2016, https://arxiv.org/abs/1508.07909), the program Kudo and Richardson's
-sentencepiece (2018, https://arxiv.org/abs/1808.06226). It learns from a sample. Which documents are in it
-follows from their ids and the seed, so it is the same however the corpus is cut into shards. Runs of spaces
-may be tokens: without that, indented code needs half as many tokens again. What no token covers falls back to
-bytes, so there is no text it cannot encode.
+sentencepiece (2018, https://arxiv.org/abs/1808.06226). It learns from a sample, in which every language has
+its share: its bytes to a power below 1 (Conneau and Lample, 2019, https://arxiv.org/abs/1901.07291), so that
+a small one gets tokens, too. Which documents are in it follows from their ids and the seed, so it is the same
+however the corpus is ordered and cut into shards. Runs of spaces may be tokens: without that, indented code
+needs half as many tokens again. What no token covers falls back to bytes, so there is no text it cannot
+encode.
 """
 
 import heapq
 import io
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import sentencepiece
@@ -45,6 +47,8 @@ class TrainTokenizer(Stage):
     """The share of the sample's characters that get tokens of their own; the others are written as bytes."""
     sample_bytes: PositiveInt
     """Bytes of text to learn from, at most; memory needed is some 25 times as much."""
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    """A language's share of the sample is its bytes to this power; 1: as in the corpus, 0: all the same."""
     threads: PositiveInt
     """Of the trainer. The vocabulary does not depend on it, but the file records it, so its sha256 does."""
 
@@ -55,7 +59,7 @@ class TrainTokenizer(Stage):
     def execute(self) -> None:
         """Writes `tokenizer.model` and `report.json`."""
         corpus = track(read_documents(self.input("clean")), "reading", unit="doc")
-        documents = sample(corpus, self.sample_bytes, self.seed)
+        documents = balanced(corpus, self.sample_bytes, self.alpha, self.seed)
         size = sum(len(document.text.encode()) for document in documents)
         say(f"learning {self.vocab} tokens from {len(documents)} documents, {size / 1e6:.1f} MB")
         texts = [document.text for document in documents]
@@ -63,32 +67,94 @@ class TrainTokenizer(Stage):
         measured = measure(tokenizer, sample(documents, CHECKED, self.seed))
         tokenizer.save(self.folder / FILE)
         report = {"vocab": tokenizer.vocab, "sha256": tokenizer.sha256}
-        report |= {"sample": {"documents": len(documents), "bytes": size}, **measured}
+        languages: Counter[str] = Counter()
+        for document in documents:
+            languages[document.language or "other"] += len(document.text.encode())
+        about = {"documents": len(documents), "bytes": size, "languages": dict(sorted(languages.items()))}
+        report |= {"sample": about, **measured}
         write_json(self.folder / "report.json", report)
         rates = [f"{language} {rate:.2f}" for language, rate in measured["bytes_per_token"].items()]
         say(f"bytes per token: {', '.join(rates)}")
 
 
+class Smallest:
+    """The documents with the smallest hashes of their ids, together `most` bytes, which bounds the memory."""
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.most, self.seed = most, seed
+        self.seen = 0
+        """Bytes of all documents that were offered."""
+        self._heap: list[tuple[float, str, int, int, Document]] = []  # the largest hash on top
+        self._size = 0
+        self._offered = 0
+
+    def offer(self, document: Document) -> None:
+        """Keeps the document if it is among the smallest so far."""
+        size = len(document.text.encode())
+        self.seen += size
+        self._offered += 1  # two sources may use one id
+        place = -share(f"{self.seed} {document.id}")
+        heapq.heappush(self._heap, (place, document.id, self._offered, size, document))
+        self._size += size
+        while self._size - self._heap[0][3] >= self.most:
+            self._size -= heapq.heappop(self._heap)[3]
+
+    def taken(self, most: int) -> list[tuple[float, str, int, Document]]:
+        """The first `most` bytes with their hashes, in order. The last document is cut to fit."""
+        assert most <= self.most
+        chosen = []
+        for place, name, offered, size, document in sorted(
+            self._heap, key=lambda item: (-item[0], *item[1:3])
+        ):
+            if most <= 0:
+                break
+            if size > most:
+                text = document.text.encode()[:most].decode(errors="ignore")
+                document = Document(document.id, text, document.source, document.language)
+            chosen.append((-place, name, offered, document))
+            most -= size
+        return chosen
+
+
 def sample(documents: Iterable[Document], most: int, seed: int) -> list[Document]:
     """The documents with the smallest hashes of their ids, together `most` bytes, in that order.
 
-    Memory is bounded by `most`, and the order of `documents` does not matter. The last one is cut to fit.
+    The order of `documents` does not matter. The last one is cut to fit.
     """
-    heap: list[tuple[float, str, int, int, Document]] = []  # the largest hash on top
-    total = 0
-    for number, document in enumerate(documents):  # the number, because two sources may use one id
-        size = len(document.text.encode())
-        heapq.heappush(heap, (-share(f"{seed} {document.id}"), document.id, number, size, document))
-        total += size
-        while total - heap[0][3] >= most:
-            total -= heapq.heappop(heap)[3]
-    chosen = [document for *_, document in sorted(heap, key=lambda item: (-item[0], item[1], item[2]))]
-    if total > most:
-        last = chosen.pop()
-        kept = len(last.text.encode()) - (total - most)
-        text = last.text.encode()[:kept].decode(errors="ignore")
-        chosen.append(Document(last.id, text, last.source, last.language))
-    return chosen
+    smallest = Smallest(most, seed)
+    for document in documents:
+        smallest.offer(document)
+    return [document for *_, document in smallest.taken(most)]
+
+
+def balanced(documents: Iterable[Document], most: int, alpha: float, seed: int) -> list[Document]:
+    """Like `sample`, with a budget of its own for each language. Memory is bounded by `most` per language.
+
+    How much there is of a language is known only at the end, hence the most of each is kept until then.
+    """
+    if alpha == 1:  # shares as in the corpus: what any sample has
+        return sample(documents, most, seed)
+    languages: dict[str, Smallest] = {}
+    for document in documents:
+        languages.setdefault(document.language, Smallest(most, seed)).offer(document)
+    given = budgets({language: one.seen for language, one in languages.items()}, most, alpha)
+    taken = [item for language, one in languages.items() for item in one.taken(given[language])]
+    return [document for *_, document in sorted(taken, key=lambda item: item[:2])]
+
+
+def budgets(sizes: Mapping[str, int], most: int, alpha: float) -> dict[str, int]:
+    """`most` bytes shared out in proportion to each size to the power of `alpha`, to none more than it has.
+
+    Example: budgets({"en": 900, "zh": 100}, 400, alpha=0.5) -> {"en": 300, "zh": 100}
+    """
+    if sum(sizes.values()) <= most:
+        return dict(sizes)
+    given: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (sizes[name] ** (1 - alpha), name)):  # the soonest full first
+        weights = {other: sizes[other] ** alpha for other in sizes if other not in given}
+        share_of = int((most - sum(given.values())) * weights[name] / sum(weights.values()))
+        given[name] = min(sizes[name], share_of)
+    return {name: given[name] for name in sizes}
 
 
 def train(texts: Iterable[str], vocab: int, character_coverage: float, threads: int) -> Tokenizer:

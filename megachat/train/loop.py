@@ -48,6 +48,8 @@ class Progress:
     """Tokens passed through the trained model by all ranks together."""
     seconds: float = 0.0
     """Time spent in this stage, earlier attempts included."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What `samples` counts: which data in which order, for stages that can tell when it has changed."""
 
 
 @dataclass(frozen=True)

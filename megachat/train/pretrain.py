@@ -1,21 +1,27 @@
 """STAGE pretrain: a language model from token shards.
 
-Validation is in bits per byte, which no tokenizer can flatter.
+What is read is decided by three settings: the mixture of sources, how documents are packed into rows, and the
+seed. A checkpoint remembers them with the sums of the shards, so a run never goes on with other data by
+accident. Validation is in bits per byte, which no tokenizer can flatter.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from jaxtyping import Int
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from megachat.data.loader import TokenWindows, Window, order, share
-from megachat.data.shards import Shard
+from megachat.data.loader import WHOLE, OnChange, Plan, TokenWindows, Window, ahead, mixed, share
+from megachat.data.mixture import Mixture
+from megachat.data.packing import PackedRows, Packing, losses, pack
+from megachat.data.shards import Shards, read_split
 from megachat.evals.bits import spread, token_bits
+from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
@@ -40,7 +46,7 @@ class Corpus:
     """What pretraining reads."""
 
     order: "grain.MapDataset[Window]"
-    """The training windows, shuffled and endless."""
+    """The training samples, mixed, shuffled and endless."""
     validation: TokenWindows
     """The windows that are only measured."""
 
@@ -55,7 +61,16 @@ class Pretrain(Task):
     tokens: PositiveInt | None
     """The budget in tokens; give this or `epochs`."""
     epochs: NonNegativeFloat | None
-    """The budget in passes over the training shard; give this or `tokens`."""
+    """The budget in passes over as many tokens as the sources hold; give this or `tokens`."""
+    mixture: Mixture
+    """How often each source is read."""
+    packing: Literal["concatenate", "best_fit"]
+    """`concatenate`: rows are cut from the text as it comes; `best_fit`: whole documents, and padding."""
+    prefetch: NonNegativeInt
+    """Steps whose rows a thread reads ahead; 0: none."""
+    on_changed_data: OnChange
+    """A run that goes on (with resume=any) and finds other shards, sources, weights or packing: `refuse`; or
+    `extend`: sources that are unchanged go on where they stand; or `restart`: all from their beginning."""
     validation_windows: PositiveInt
     """At most so many windows of the validation shard are measured."""
     prompt: str
@@ -74,6 +89,8 @@ class Pretrain(Task):
         check_fits(self.model, self.parallel.tensor)
         return self
 
+    neutral: ClassVar[tuple[str, ...]] = (*Task.neutral, "prefetch", "on_changed_data")
+
     def reads(self) -> list[str]:
         """The tokenizer and the shards."""
         return ["tokenizer", "encode"]
@@ -84,18 +101,48 @@ class Pretrain(Task):
 
     def prepare(self, run: Running) -> int:
         """Opens the shards; the budget in whole steps."""
-        source = TokenWindows(Shard(self.input("encode") / "train"), self.context)
-        validation = TokenWindows(Shard(self.input("encode") / "validation"), self.context)
-        run.data = Corpus(order(source, self.seed), validation)
-        tokens = (
-            self.tokens if self.tokens is not None else int((self.epochs or 0.0) * len(source) * self.context)
-        )
+        folder, phases = self.input("encode"), self.mixture.plan()
+        shards = {name: Shards([shard]) for name, shard in read_split(folder, "train").items()}
+        validation = Shards(list(read_split(folder, "validation").values()))
+        if phases:
+            used = {name for phase in phases for name in phase.weights}
+            if unread := [name for name in shards if name not in used]:
+                say(f"pretrain: the mixture leaves out {', '.join(unread)}")
+        else:
+            used = {WHOLE}
+            shards = {WHOLE: Shards([shard for one in shards.values() for shard in one.shards])}
+        plan = Plan.of(shards, [self.packing], phases, self.context, self.seed)
+        plan = plan.continued(run.progress.data, run.progress.samples, self.on_changed_data)
+        run.progress.data = plan.state()
+        sources = {name: self._rows(name, shards[name], run) for name in shards if name in used}
+        run.data = Corpus(mixed(sources, plan), TokenWindows(validation, self.context))
+        rows = sum(len(source) for source in sources.values())
+        tokens = self.tokens if self.tokens is not None else int((self.epochs or 0.0) * rows * self.context)
         return max(1, tokens // (self.batch * self.context))
 
+    def _rows(self, name: str, shards: Shards, run: Running) -> TokenWindows | PackedRows:
+        if self.packing == "concatenate":
+            return TokenWindows(shards, self.context)
+        digest = hashlib.sha256(f"{shards.sums} {self.context}".encode()).hexdigest()
+        folder = self.folder / "packing" / digest[:16]
+        if run.mesh.rank == 0 and not folder.is_dir():
+            packing = pack(shards.documents, self.context)
+            padding, cut = losses(shards.documents, packing, self.context)
+            say(
+                f"packing {name}: {len(packing.rows) - 1:,} rows, {padding:.2%} of them padding; "
+                f"{cut:,} of {len(shards.documents) - 1:,} documents are longer than a row and are cut"
+            )
+            packing.save(folder)
+        run.mesh.barrier()
+        return PackedRows(shards, self.context, Packing.load(folder))
+
     def batches(self, run: Running) -> Iterator[list[Batch]]:
-        """The next windows of the one global order, whatever the number of ranks."""
-        while True:
-            rows = share(run.data.order, run.progress.samples, self.batch, run.mesh.data_rank, run.mesh.data)
+        """The next samples of the one global order, whatever the number of ranks."""
+
+        def read(start: int) -> list[Window]:
+            return share(run.data.order, start, self.batch, run.mesh.data_rank, run.mesh.data)
+
+        for rows in ahead(read, run.progress.samples, self.batch, self.prefetch):
             yield [_collate(part, run.mesh.device) for part in parts(rows, self.micro_batch)]
 
     def loss(self, run: Running, batch: Tokens) -> Losses:
@@ -137,8 +184,9 @@ class Pretrain(Task):
 def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
     tokens = torch.stack([torch.as_tensor(row["tokens"]) for row in rows]).to(device)
     documents = torch.stack([torch.as_tensor(row["documents"]) for row in rows]).to(device)
-    # The first token of a document cannot be predicted from the one before it.
-    labels = tokens[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+    # The first token of a document cannot be predicted from the one before it; padding (-1) is no document.
+    apart = (documents[:, 1:] != documents[:, :-1]) | (documents[:, 1:] < 0)
+    labels = tokens[:, 1:].masked_fill(apart, -100)
     return Tokens(
         weight=float((labels != -100).sum()),
         tokens=labels.numel(),

@@ -1,0 +1,120 @@
+"""Shows what a shard of tokens holds: python tools/show_shard.py runs/main/encode/train/wiki [--document 7]
+
+PREFIX is the path without `.bin`; a folder shows every shard below it. On a terminal what is trained on is
+green and control tokens are dim; elsewhere a token is a line `number id mask text`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megachat.data.shards import Shard
+from megachat.tokenizer.tokenizer import FILE, Tokenizer
+
+GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; mistakes end it with a message and status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prefix", type=Path, metavar="PREFIX")
+    parser.add_argument("--document", type=int, default=0, help="the first document to show, from 0")
+    parser.add_argument("--count", type=int, default=1, help="how many to show")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model, or a folder or run that has one")
+    given = parser.parse_args(arguments)
+    try:
+        for prefix in prefixes(given.prefix):
+            print("\n".join(shown(prefix, given.document, given.count, given.tokenizer)))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    except BrokenPipeError:
+        sys.stderr.close()
+
+
+def prefixes(given: Path) -> list[Path]:
+    """The shards that are meant."""
+    if given.suffix in (".bin", ".idx"):
+        given = given.with_suffix("")
+    if not given.is_dir():
+        return [given]
+    found = sorted(path.with_suffix("") for path in given.rglob("*.idx"))
+    if not found:
+        raise ValueError(f"{given} holds no token shards (*.idx); `megachat encode` writes them")
+    return found
+
+
+def shown(prefix: Path, first: int, count: int, tokenizer: Path | None = None) -> Iterator[str]:
+    """A line on the shard, then its documents."""
+    shard = Shard(prefix)
+    words = tokenizer_of(prefix, tokenizer)
+    if not 0 <= first < len(shard):
+        raise ValueError(f"{prefix} has {len(shard):,} documents; --document {first} is not below that")
+    mask = shard.mask
+    kind = "" if mask is None else f", {int(mask.sum()):,} of them trained on"
+    yield f"{prefix}: {len(shard):,} documents, {len(shard.tokens):,} tokens{kind}"
+    for number in range(first, min(first + count, len(shard))):
+        start, stop = shard.documents[number : number + 2].tolist()
+        yield f"--- document {number}: {stop - start:,} tokens"
+        tokens = shard.tokens[start:stop].tolist()
+        if max(tokens) >= words.vocab:
+            raise ValueError(
+                f"{prefix} has token {max(tokens)}, and the tokenizer only {words.vocab}: it is another one's; "
+                "name the right one with --tokenizer"
+            )
+        trained = [None] * len(tokens) if mask is None else mask[start:stop].tolist()
+        if sys.stdout.isatty():
+            yield coloured(tokens, trained, words)
+        else:
+            for place, (token, one) in enumerate(zip(tokens, trained, strict=True)):
+                yield f"{place}\t{token}\t{'-' if one is None else one}\t{text_of(token, words)!r}"
+
+
+def coloured(tokens: Sequence[int], mask: Sequence[int | None], words: Tokenizer) -> str:
+    """The text in one piece: characters may be several tokens."""
+    parts: list[tuple[str, bytes]] = []
+    for token, trained in zip(tokens, mask, strict=True):
+        control = not words.bytes_of(token)
+        style = (GREEN if trained else "") + (DIM if control else "")
+        text = words.pieces[token].encode() if control else words.bytes_of(token)
+        if parts and parts[-1][0] == style:
+            parts[-1] = style, parts[-1][1] + text
+        else:
+            parts.append((style, text))
+    return "".join(
+        f"{style}{text.decode('utf-8', 'replace')}{PLAIN if style else ''}" for style, text in parts
+    )
+
+
+def text_of(token: int, words: Tokenizer) -> str:
+    """What a token stands for; of a control token its name."""
+    return words.bytes_of(token).decode("utf-8", "backslashreplace") or words.pieces[token]
+
+
+def tokenizer_of(prefix: Path, given: Path | None) -> Tokenizer:
+    """The tokenizer that wrote the shard: named, or that of its run, known by the sum in the manifest."""
+    if given is not None:
+        return Tokenizer.load(given / "tokenizer" if (given / "tokenizer").is_dir() else given)
+    folders = prefix.resolve().parents[:3]  # runs/main/encode/train, runs/main/encode, runs/main
+    expected = None
+    for folder in folders:
+        if expected is None and (folder / "manifest.json").is_file():
+            expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("tokenizer")
+    for folder in folders:
+        for place in (folder / FILE, folder / "tokenizer" / FILE):
+            if place.is_file():
+                found = Tokenizer.load(place)
+                if expected in (None, found.sha256):
+                    return found
+    raise ValueError(
+        f"no tokenizer near {prefix}"
+        + (f" has the sha256 {expected[:12]} that its manifest names" if expected else "")
+        + "; name one with --tokenizer runs/NAME, or the path of a tokenizer.model"
+    )
+
+
+if __name__ == "__main__":
+    main()
