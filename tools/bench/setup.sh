@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Gives something that megachat is measured against an environment of its own: `bash tools/bench/setup.sh datatrove`.
+# Without a name, all of them. Quick when nothing has changed. They live in .venv-bench/NAME.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+
+declare -A packages=(
+    # minhash needs all of these, and says so only when it gets to them; xxhash 4 no longer hashes strings.
+    [datatrove]="datatrove==0.10.1 tokenizers==0.23.3 xxhash==3.8.2 orjson==3.13.0 nltk==3.10.4 spacy==3.8.18
+        jieba==0.42.1 regex==2026.11.15 numpy==2.4.6"
+    # What its MinHash imports; all that it asks for would bring Spark and TensorFlow as well.
+    [text-dedup]="xxhash==3.8.2 numpy==2.4.6 scipy==1.17.1 regex==2026.11.15 datasets==5.2.0 tqdm==4.70.1 rich==13.9.4
+        click==8.5.1 click-option-group==0.5.9"
+    [tokenizers]="tokenizers==0.23.3"
+    [gigatoken]="gigatoken==0.10.0"
+    [megatron-core]="torch==2.13.0 numpy==2.4.6"
+)
+declare -A alone=( [text-dedup]="text-dedup==0.4.0" [megatron-core]="megatron-core==0.16.1" )   # without what they ask for
+
+install() { "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "$@"; }
+
+for name in "${@:-${!packages[@]}}"; do
+    if [[ ! ${packages[$name]:-} ]]; then
+        echo "$name is none of: ${!packages[*]}" >&2
+        exit 2
+    fi
+    venv=.venv-bench/$name
+    wanted="$PWD $(echo ${packages[$name]} ${alone[$name]:-})"
+    [[ -f $venv/ready && $(<"$venv/ready") == "$wanted" ]] && continue
+    echo "Making $venv"
+    "$python" -m venv --clear "$venv"
+    # Without an NVIDIA GPU, PyPI's torch for Linux would bring gigabytes of CUDA for nothing.
+    cpu=https://download.pytorch.org/whl/cpu extra=()
+    if [[ $name == megatron-core && $(uname -s) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1 &&
+            "$python" -c "import urllib.request as r; r.urlopen('$cpu/', timeout=3)" 2>/dev/null; then
+        extra=(--extra-index-url "$cpu")
+    fi
+    install ${packages[$name]} "${extra[@]}"
+    [[ ${alone[$name]:-} ]] && install --no-deps ${alone[$name]}
+    echo "$wanted" > "$venv/ready"
+done
