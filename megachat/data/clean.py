@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
+from megachat.data.boilerplate import Boilerplate
 from megachat.data.collect import EXAMPLES, Collect, Select, Write
 from megachat.data.copies import Corpus, Found, hot_buckets, search
 from megachat.data.dedup import Dedup
@@ -37,7 +38,7 @@ from megachat.data.jit import available
 from megachat.data.language import LanguageId
 from megachat.data.minhash import SCHEME
 from megachat.data.privacy import Privacy
-from megachat.data.repair import Boilerplate, Repair
+from megachat.data.repair import Repair
 from megachat.data.sources import Part, Source
 from megachat.data.steps import Step, carry_out, folder
 from megachat.files import replacing, write_json
@@ -70,9 +71,9 @@ class Clean(Stage):
     """How texts are brought to one spelling."""
     language: LanguageId
     """How languages are told apart."""
-    boilerplate: Boilerplate | None
+    boilerplate: Boilerplate
     """Lines to take out, such as cookie banners."""
-    privacy: Privacy | None
+    privacy: Privacy
     """What must not be learnt of people, and what is put in its place."""
     filters: dict[str, Filter]
     """The rules a document must pass, in this order."""

@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megachat.data.boilerplate import Boilerplate
 from megachat.data.copies import Corpus, Found
-from megachat.data.document import Document, write_shard
+from megachat.data.document import Broken, Document, write_shard
 from megachat.data.filters import Filter
 from megachat.data.language import LanguageId
 from megachat.data.privacy import Privacy
-from megachat.data.repair import Boilerplate, Repair
-from megachat.data.sources import Broken, Part, Source
+from megachat.data.repair import Repair
+from megachat.data.sources import Part, Source
 from megachat.data.steps import Record, Step
 from megachat.files import replacing
 
@@ -57,8 +58,8 @@ class Collect(Step):
     """For each shard its parts, each with the name of its source."""
     repair: Repair
     language: LanguageId
-    boilerplate: Boilerplate | None
-    privacy: Privacy | None
+    boilerplate: Boilerplate
+    privacy: Privacy
     filters: Mapping[str, Filter]
 
     def work(self, task: int) -> Record:
@@ -70,7 +71,7 @@ class Collect(Step):
         count = 0
         with (
             replacing(self.folder / f"{task:05}.parquet") as path,
-            pq.ParquetWriter(path, schema, "zstd") as file,
+            pq.ParquetWriter(path, schema, compression="zstd") as file,
         ):
             rows: list[dict[str, Any]] = []
             size = 0
@@ -101,12 +102,9 @@ class Collect(Step):
         tally["read"] += 1
         text = self.repair.apply(document.text)
         language, confidence = (document.language, 1.0) if document.language else self.language.identify(text)
-        if self.boilerplate is not None:
-            text, lines = self.boilerplate.apply(text, language)
-            tally["boilerplate lines"] += lines
-        if self.privacy is not None:
-            text, masked = self.privacy.apply(text)
-            tally.update({f"masked {kind}": times for kind, times in masked.items()})
+        text, lines = self.boilerplate.apply(text, language)
+        text, masked = self.privacy.apply(text)
+        tally.update({"boilerplate lines": lines, **{f"masked {kind}": times for kind, times in masked.items()}})
         if not text:
             tally["empty"] += 1
             tally["empty bytes"] += len(document.text.encode(errors="replace"))

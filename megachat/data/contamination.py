@@ -10,7 +10,6 @@ The index holds twelve bytes for each run of the benchmarks, whatever is searche
 search of 10^12 runs for 10^7, chance finds half a run, which is no large share of anything.
 """
 
-import functools
 import hashlib
 import json
 import re

@@ -106,7 +106,7 @@ def script_of(text: str) -> tuple[str, float]:
         counts = {name: len(script.findall(text)) for name, script in _scripts.items()}
         counts["ja"] += counts["zh"] if counts["ja"] else 0
         name = max(counts, key=lambda name: counts[name])
-        if counts[name] >= english or name == "zh" and counts["zh"] >= 0.5 * others:
+        if counts[name] >= english or (name == "zh" and counts["zh"] >= 0.5 * others):
             return name, min(1.0, counts[name] / total)  # a Chinese character is as much as half a word
         return ("latin", 1.0) if sum(counts.values()) <= 0.05 * total else ("other", 0.0)
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())]

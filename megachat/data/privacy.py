@@ -159,8 +159,8 @@ def _email_start(found: re.Match[str]) -> int | None:
     after = text[end : end + 2]
     # git@github.com:user/repository and https://user@host/ are places, not persons.
     if (
-        after[:1] == ":"
-        and (after[1:].isalnum() or after[1:] in ("~", "/"))
+        (after[:1] == ":"
+        and (after[1:].isalnum() or after[1:] in ("~", "/")))
         or text[max(0, start - 2) : start] == "//"
     ):
         return None
@@ -201,7 +201,7 @@ def _mobile_start(found: re.Match[str]) -> int | None:
         return found.start() - len(prefix[0])
     joined = before[-1:].isascii() and (before[-1:].isalnum() or before[-1:] in ("_", *"._-/+*=#"))
     round_number = found[0].endswith("000000")  # an amount
-    return None if before and joined or round_number else found.start()
+    return None if (before and joined) or round_number else found.start()
 
 
 def _ipv4_start(found: re.Match[str]) -> int | None:
