@@ -104,7 +104,9 @@ class Collect(Step):
         language, confidence = (document.language, 1.0) if document.language else self.language.identify(text)
         text, lines = self.boilerplate.apply(text, language)
         text, masked = self.privacy.apply(text)
-        tally.update({"boilerplate lines": lines, **{f"masked {kind}": times for kind, times in masked.items()}})
+        tally.update(
+            {"boilerplate lines": lines, **{f"masked {kind}": times for kind, times in masked.items()}}
+        )
         if not text:
             tally["empty"] += 1
             tally["empty bytes"] += len(document.text.encode(errors="replace"))

@@ -158,11 +158,9 @@ def _email_start(found: re.Match[str]) -> int | None:
     start = at - len(local)
     after = text[end : end + 2]
     # git@github.com:user/repository and https://user@host/ are places, not persons.
-    if (
-        (after[:1] == ":"
-        and (after[1:].isalnum() or after[1:] in ("~", "/")))
-        or text[max(0, start - 2) : start] == "//"
-    ):
+    if (after[:1] == ":" and (after[1:].isalnum() or after[1:] in ("~", "/"))) or text[
+        max(0, start - 2) : start
+    ] == "//":
         return None
     return start
 

@@ -2,16 +2,21 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megachat.config import compose, decode
-from megachat.data import clean
+from megachat.__main__ import main
+from megachat.config import compose
 from megachat.data.clean import Clean
-from megachat.data.document import Document, read_documents
-from megachat.data.sources import Source
+from megachat.data.document import Broken, Document, read_documents
+from megachat.data.sources import Part, Source
+from tests.tiny_run import environment
 
 WORDS = ["the", "and", "of", "model", "language", "data", "train", "token", "learn", "weight", "loss", "step"]
 
@@ -22,8 +27,11 @@ class Fixed(Source):
     given: list[tuple[str, str]]
     """Ids and texts."""
 
-    def documents(self) -> Any:
-        return (Document(id=name, text=text, source="fixed") for name, text in self.given)
+    def parts(self) -> list[Part]:
+        return [Part(name=name, size=len(text)) for name, text in self.given]
+
+    def read(self, part: Part) -> Iterator[Document | Broken]:
+        yield Document(id=part.name, text=dict(self.given)[part.name], source="fixed")
 
 
 def prose(seed: int, words: int = 150) -> str:
@@ -33,10 +41,15 @@ def prose(seed: int, words: int = 150) -> str:
 
 def stage(run: Path, documents: dict[str, list[tuple[str, str]]], *overrides: str) -> Clean:
     """The stage as composed from conf/, with other sources."""
-    built: Clean = decode(compose("clean", [f"run={run}", *overrides]))
-    return built.model_copy(
-        update={"corpus": {name: Fixed(given=given) for name, given in documents.items()}}
-    )
+    tree = compose("clean", [f"run={run}", "executor.processes=1", *overrides])
+    tree["corpus"] = {
+        name: {"_target_": "megachat.data.sources.PythonLibrary", "include": [], "given": given}
+        for name, given in documents.items()
+    }
+    sources = {name: Fixed(given=given) for name, given in documents.items()}
+    built = Clean.of({**tree, "corpus": {}}).model_copy(update={"corpus": sources})
+    built._tree = tree
+    return built
 
 
 def report(run: Path) -> dict[str, Any]:
@@ -74,8 +87,8 @@ def test_each_document_is_removed_for_its_own_reason_and_the_report_says_so(run:
         "near copies": 1,
     }
     rows = {row["step"]: row for row in report(run)["rows"]}
-    assert rows["exact copies"]["examples"] == ["exact = first"]
-    assert rows["near copies"]["examples"] == ["near ~ first"]
+    assert rows["exact copies"]["examples"][0].startswith("exact ~ first: ")
+    assert rows["near copies"]["examples"][0].startswith("near ~ first: ")
     assert rows["length"]["examples"] == ["short: 'the and'"]
     assert rows["length"]["bytes_removed"] == len("the and")
     assert rows["normalise"]["documents_in"] == 9
@@ -105,34 +118,134 @@ def test_texts_too_short_for_a_shingle_are_only_compared_exactly(run: Path) -> N
     assert [document.id for document in read_documents(run / "clean")] == ["a", "b"]
 
 
-@pytest.mark.slow
-def test_the_number_of_processes_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clean, "BATCH", 5_000)
-    path = run.parent / "corpus.jsonl"
-    path.parent.mkdir(parents=True)
-    texts = [prose(n % 40) for n in range(100)] + ["short"] * 5
+def jsonl(path: Path, texts: list[str]) -> list[str]:
+    """Settings for a corpus of these texts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    read = []
-    for processes in (1, 2):
-        settings = ["corpus=[json_lines]", f"corpus.json_lines.paths=[{path}]", f"processes={processes}"]
-        folder = run / str(processes)
-        decode(compose("clean", [f"run={folder}", "documents_per_shard=7", *settings])).execute()
-        read.append({file.name: file.read_bytes() for file in (folder / "clean").iterdir()})
-    assert read[0] == read[1]
-    assert len(read[0]) == -(-40 // 7) + 1
+    return ["corpus=[json_lines]", f"corpus.json_lines.paths=[{path.parent}/*.jsonl]"]
 
 
-def test_a_broken_line_far_into_the_corpus_leaves_nothing_behind(
+def texts(folder: Path) -> list[tuple[str, str]]:
+    return [(document.id, document.text) for document in read_documents(folder)]
+
+
+@pytest.mark.slow
+def test_neither_shards_nor_processes_nor_their_hash_seed_change_what_stays(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clean, "BATCH", 1_000)
-    path = run.parent / "corpus.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(20)) + "{broken\n")
-    settings = ["corpus=[json_lines]", f"corpus.json_lines.paths=[{path}]", "processes=1"]
-    with pytest.raises(ValueError, match=r"corpus\.jsonl:21: not JSON"):
-        decode(compose("clean", [f"run={run}", *settings])).execute()
-    assert not list((run / "clean").iterdir())
+    for number in range(5):
+        own = [prose(n % 40) for n in range(number * 20, number * 20 + 20)] + ["short"] * 5
+        settings = jsonl(run.parent / "corpus" / f"{number}.jsonl", own)
+    read = []
+    for shards, processes, hash_seed in ((1, 1, "0"), (2, 2, "1"), (5, 2, "2")):
+        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
+        folder = run / str(shards)
+        more = [f"run={folder}", f"shards={shards}", f"executor.processes={processes}"]
+        Clean.of(compose("clean", [*settings, *more])).execute()
+        assert len(list((folder / "clean").glob("text-*"))) == shards
+        read.append(texts(folder / "clean"))
+    assert read[0] == read[1] == read[2]
+    assert len(read[0]) == 40
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(run: Path) -> None:
+    settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n % 40) for n in range(100)])
+    whole = Clean.of(compose("clean", [*settings, f"run={run / 'whole'}", "executor.processes=1"]))
+    whole.execute()
+    expected = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
+    steps = [path.name.partition("-")[0] for path in (run / "whole" / "work").iterdir()]
+    assert len(steps) == 10
+    program = """
+import os, signal, sys
+from megachat.data import steps
+from megachat.__main__ import main
+work = steps.Step.perform
+def perform(step, task):
+    if step.name == sys.argv[1]:
+        step.work(task)                         # its files are there, its record is not
+        os.kill(os.getpid(), signal.SIGKILL)
+    work(step, task)
+steps.Step.perform = perform
+main(sys.argv[2:])
+"""
+    command = ["clean", *settings, f"run={run / 'killed'}", "executor.processes=1", "log.wandb=disabled"]
+    for step in sorted(steps):
+        done = subprocess.run([sys.executable, "-c", program, step, *command], env=environment(), check=False)
+        assert done.returncode == -signal.SIGKILL, step
+    main(command)
+    again = {path.name: path.read_bytes() for path in (run / "killed" / "clean").iterdir()}
+    assert {name: again[name] for name in expected} == expected
+
+
+def test_steps_one_by_one_in_shares_make_what_one_call_makes(run: Path) -> None:
+    settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n % 20) for n in range(30)])
+    settings += jsonl(run.parent / "corpus" / "1.jsonl", [prose(n % 20) for n in range(30)])
+    settings += ["executor.processes=1", "shards=2"]
+    main(["clean", *settings, f"run={run / 'one'}"])
+    apart = [*settings, f"run={run / 'apart'}"]
+    with pytest.raises(SystemExit):
+        main(["clean", *apart, "stage=sign"])  # collect has not been done
+    for step in (
+        "collect",
+        "select",
+        "sign",
+        "exact",
+        "alive",
+        "join",
+        "verify",
+        "components",
+        "settle",
+        "filter",
+    ):
+        for share in range(3):
+            main(["clean", *apart, f"stage={step}", f"shard={share}/3"])
+    assert not (run / "apart" / "clean").exists()
+    main(["clean", *apart])
+    assert texts(run / "one" / "clean") == texts(run / "apart" / "clean")
+    assert report(run / "one") == report(run / "apart")
+
+
+def test_with_other_bounds_no_text_is_read_again(run: Path) -> None:
+    settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n % 20) for n in range(30)])
+    settings += ["executor.processes=1", f"run={run}"]
+    main(["clean", *settings])
+    before = {path: path.stat().st_mtime_ns for path in (run / "work").glob("collect-*/*")}
+    main(["clean", *settings, "filters.length.minimum=1000"])
+    assert {path: path.stat().st_mtime_ns for path in (run / "work").glob("collect-*/*")} == before
+    assert len(list((run / "work").glob("sign-*"))) == 1
+    assert len(list((run / "work").glob("select-*"))) == 2
+
+
+def test_a_broken_line_far_into_the_corpus_leaves_nothing_behind(run: Path) -> None:
+    path = run.parent / "corpus" / "0.jsonl"
+    settings = jsonl(path, [prose(n) for n in range(20)])
+    path.write_text(path.read_text() + "{broken\n")
+    stage = Clean.of(compose("clean", [*settings, f"run={run}", "executor.processes=1"]))
+    with pytest.raises(ValueError, match=r"0\.jsonl:21: not JSON"):
+        stage.execute()
+    assert not stage.folder.exists()
+    stage = Clean.of(
+        compose(
+            "clean",
+            [*settings, f"run={run}", "executor.processes=1", "corpus.json_lines.on_error=quarantine"],
+        )
+    )
+    stage.execute()
+    assert len(texts(stage.folder)) == 20
+    told = report(run)["quarantine"]
+    assert told["count"] == 1
+    assert told["first"][0]["place"].endswith("0.jsonl:21")
+
+
+def test_a_source_that_would_lose_nearly_all_stops_the_stage(run: Path) -> None:
+    given = [(str(n), prose(1).replace("weight", f"mass{n}", 1)) for n in range(120)]
+    with pytest.raises(
+        ValueError, match=r"119 of the 120 documents of 'fixed' are near copies; look at them"
+    ):
+        stage(run, {"mine": given}).execute()
+    stage(run, {"mine": given}, "dedup.largest_loss=1").execute()
+    assert [name for name, _ in texts(run / "clean")] == ["0"]
 
 
 def test_a_failed_second_run_keeps_what_the_first_one_wrote(run: Path) -> None:
@@ -146,7 +259,7 @@ def test_a_failed_second_run_keeps_what_the_first_one_wrote(run: Path) -> None:
 def test_a_corpus_of_which_nothing_is_left_shows_what_removed_it(run: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)no document is left; loosen .*\nlength +1 +1 "):
         stage(run, {"mine": [("a", "short")]}, "~filters.script").execute()
-    assert not list((run / "clean").iterdir())
+    assert not (run / "clean").exists()
 
 
 def test_an_empty_source_is_named(run: Path) -> None:
@@ -158,7 +271,7 @@ def test_an_empty_source_is_named(run: Path) -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_keeps_most_of_the_library_and_drops_its_copied_tables(run: Path) -> None:
-    decode(compose("clean", ["experiment=quickstart", f"run={run}"])).execute()
+    Clean.of(compose("clean", ["experiment=quickstart", f"run={run}"])).execute()
     told = report(run)
     assert told["bytes"] > 5_000_000
     assert set(told["languages"]) == {"code", "en"}
