@@ -49,7 +49,14 @@ SCRIPTS = {
 }
 """Scripts, each under the language that it decides, or under its own name if many languages share it."""
 
-SHARED = {"cyrillic": "ru", "arabic": "ar", "devanagari": "hi", "bengali": "bn", "hebrew": "he", "ethiopic": "am"}
+SHARED = {
+    "cyrillic": "ru",
+    "arabic": "ar",
+    "devanagari": "hi",
+    "bengali": "bn",
+    "hebrew": "he",
+    "ethiopic": "am",
+}
 """What a shared script is taken for without a model: the language with the most text on the web."""
 
 TELLING = [
@@ -99,11 +106,11 @@ def script_of(text: str) -> tuple[str, float]:
         counts = {name: len(script.findall(text)) for name, script in _scripts.items()}
         counts["ja"] += counts["zh"] if counts["ja"] else 0
         name = max(counts, key=lambda name: counts[name])
-        if counts[name] >= english or name == "zh" and counts["zh"] >= 0.5 * others:
+        if counts[name] >= english or (name == "zh" and counts["zh"] >= 0.5 * others):
             return name, min(1.0, counts[name] / total)  # a Chinese character is as much as half a word
         return ("latin", 1.0) if sum(counts.values()) <= 0.05 * total else ("other", 0.0)
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
-    # Looking at the last character first decides most lines of code at a tenth of a regular expression's cost.
+    # The last character decides most lines, at a tenth of a regular expression's cost.
     code = sum(line[-1] in ":,;{}()[]\\" or " = " in line or bool(_statement.match(line)) for line in lines)
     code_share = code / len(lines)
     return ("code", code_share) if code_share >= 0.5 else ("en", english / total)
@@ -133,7 +140,7 @@ class LanguageId(Config):
     """What the model believes less is `other`. FineWeb wants 0.65 (https://arxiv.org/abs/2406.17557)."""
 
     def identify(self, text: str) -> tuple[str, float]:
-        """The language, and how sure that is: the model's probability, or the share of letters in the script."""
+        """The language, and how sure that is: the model's probability, or the script's share of letters."""
         script, share = script_of(text)
         undecided = script in SHARED or script in ("en", "latin")
         model = _model() if self.model and undecided else None

@@ -1,9 +1,8 @@
 """Masks what leads to a person: addresses and numbers, told from all other numbers by their own rules.
 
-FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557, 3.7) masks e-mail and public IP addresses; here
-are also what its Chinese successors lack: telephone numbers, Chinese identity numbers and bank cards. Masking
-too much destroys text, so whatever has a check digit must have a right one, and what looks like a version, a
-date, a hash or code stays.
+FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557) masks e-mail and public IP addresses; here are
+telephone numbers, Chinese identity numbers and bank cards too. Masking too much destroys text: so whatever
+has a check digit must have a right one, and what looks like a version, a date, a hash or code stays.
 
 Each pattern begins with one class of characters and repeats at most so and so often: then Python's `re` skips
 quickly to where it may match, and no text, however hostile, takes it more than linear time.
@@ -30,13 +29,39 @@ _digits = re.compile(r"[0-9](?:[ .()（）-]{0,2}[0-9]){9}")
 _ipv4 = re.compile(r"[0-9](?<![0-9A-Za-z_.+-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|\.[0-9A-Za-z_])")
 _ipv6 = re.compile(r"[23](?<![0-9A-Za-z_:.-].)[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}[0-9A-Fa-f:](?![0-9A-Za-z_:])")
 _port = re.compile(r":[0-9]{2,5}(?![0-9])|/[0-9]{1,2}(?![0-9])")
-_NETWORK = ("ip", "address", "host", "server", "dns", "ping", "gateway", "//", "地址", "服务器", "主机", "网关")
-_VERSION = {"v", "ver", "version", "release", "section", "chapter", "rfc", "oid", "build", "firmware", "update"}
+_NETWORK = (
+    "ip",
+    "address",
+    "host",
+    "server",
+    "dns",
+    "ping",
+    "gateway",
+    "//",
+    "地址",
+    "服务器",
+    "主机",
+    "网关",
+)
+_VERSION = {
+    "v",
+    "ver",
+    "version",
+    "release",
+    "section",
+    "chapter",
+    "rfc",
+    "oid",
+    "build",
+    "firmware",
+    "update",
+}
 _VERSION_SIGNS = ("=", "<", ">", "~", "^", "/", "版", "版本", "第", "节", "章", "§")
 
 _identity = re.compile(r"[1-8](?<![0-9A-Za-z_./+-].)[0-9]{5}(?:18|19|20)[0-9]{9}[0-9Xx](?![0-9A-Za-z_])")
 _PROVINCES = {
-    *range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83
+    *range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66),
+    71, 81, 82, 83,
 }  # fmt: skip
 _card = re.compile(
     r"[2-6](?<![0-9A-Za-z_./+-].)(?:[0-9]{3}(?:[ -]?[0-9]{4}){3}(?:[ -]?[0-9]{3})?"
@@ -133,15 +158,16 @@ def _email_start(found: re.Match[str]) -> int | None:
     start = at - len(local)
     after = text[end : end + 2]
     # git@github.com:user/repository and https://user@host/ are places, not persons.
-    if after[:1] == ":" and (after[1:].isalnum() or after[1:] in ("~", "/")) or text[max(0, start - 2) : start] == "//":
-        return None
-    return start
+    place = after[:1] == ":" and (after[1:].isalnum() or after[1:] in ("~", "/"))
+    return None if place or text[max(0, start - 2) : start] == "//" else start
 
 
 def _identity_start(found: re.Match[str]) -> int | None:
     number = found[0].upper()
     weights = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)  # GB 11643-1999: 2^(17-i) modulo 11
-    check = "10X98765432"[sum(int(digit) * weight for digit, weight in zip(number, weights, strict=False)) % 11]
+    check = "10X98765432"[
+        sum(int(digit) * weight for digit, weight in zip(number, weights, strict=False)) % 11
+    ]
     if check != number[17] or int(number[:2]) not in _PROVINCES:
         return None
     try:
@@ -157,7 +183,11 @@ def _card_start(found: re.Match[str]) -> int | None:
     doubled = [2 * digit - 9 * (digit > 4) for digit in digits[-2::-2]]
     right = (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 and len({*digits}) > 1
     # Only UnionPay's have 19 digits.
-    return found.start() if right and _issuer.match(number) and (len(number) < 19 or number[:2] == "62") else None
+    return (
+        found.start()
+        if right and _issuer.match(number) and (len(number) < 19 or number[:2] == "62")
+        else None
+    )
 
 
 def _mobile_start(found: re.Match[str]) -> int | None:
@@ -166,7 +196,7 @@ def _mobile_start(found: re.Match[str]) -> int | None:
         return found.start() - len(prefix[0])
     joined = before[-1:].isascii() and (before[-1:].isalnum() or before[-1:] in ("_", *"._-/+*=#"))
     round_number = found[0].endswith("000000")  # an amount
-    return None if before and joined or round_number else found.start()
+    return None if (before and joined) or round_number else found.start()
 
 
 def _ipv4_start(found: re.Match[str]) -> int | None:

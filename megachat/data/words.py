@@ -55,7 +55,9 @@ def jieba() -> Any:
     try:
         import jieba
     except ImportError:
-        raise ValueError("Chinese words need jieba; pip install 'megachat[data]', or set characters") from None
+        raise ValueError(
+            "Chinese words need jieba; pip install 'megachat[data]', or set characters"
+        ) from None
     jieba.setLogLevel("WARNING")
     jieba.initialize()
     return jieba
