@@ -71,6 +71,6 @@ class Boilerplate(Config):
             longest = max(map(len, parts))
             if longest > self.longest_word and not _unspaced.search(line):
                 return True
-            count = len(parts) + len(_unspaced.findall(line)) // 2
+            count = sum(not _unspaced.search(part) for part in parts) + len(_unspaced.findall(line)) // 2
             return count < self.words
         return False

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,14 +29,12 @@ from megachat.data.words import UNSPACED
 
 Hashes = NDArray[np.uint64]
 
-_MULTIPLIER = 0x9E3779B97F4A7C15
-"""Odd, so that it has an inverse modulo 2^64."""
-
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _ascii_token = re.compile(r"[a-z0-9]+")
 _token = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _unspaced = re.compile(f"[{UNSPACED}]")
-_CHUNK = 1 << 16
-"""Runs looked up at a time, which bounds the memory of a document of any length."""
+_BLOCK = 1 << 16
+"""Tokens looked up at a time, which bounds the memory for a document of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,7 @@ class Benchmarks(Config):
     """What must not be learnt from."""
 
     paths: list[str]
-    """Patterns of .jsonl, .parquet (.gz and .zst, too) or text files, one item on a line or in a row; the name
-    of the file is that of the benchmark."""
+    """Patterns of .jsonl, .parquet or text files (.gz and .zst, too), one item on a line or in a row."""
     keys: list[str]
     """Where an item's text is, in JSON and Parquet: those of them that it has, joined in this order."""
     words: PositiveInt
@@ -72,10 +70,26 @@ class Benchmarks(Config):
 
     def index(self) -> "Index":
         """All items, ready to be looked for."""
-        builder = _Builder(self)
+        items: list[tuple[str, str]] = []
+        hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+        sizes, skipped = set[int](), 0
         for benchmark, item, text in self._items():
-            builder.add(benchmark, item, text)
-        return builder.index()
+            words = list(tokens(text))
+            unspaced = 2 * sum(map(bool, map(_unspaced.match, words))) > len(words)
+            longest, shortest = (
+                (self.characters, 2 * self.shortest) if unspaced else (self.words, self.shortest)
+            )
+            if len(words) < shortest:
+                skipped += 1
+                continue
+            ((size, found),) = runs(hashed(words), [min(longest, len(words))])
+            hashes.append(np.unique(found))
+            owners.append(np.full(len(hashes[-1]), len(items), np.int32))
+            items.append((benchmark, item))
+            sizes.add(size)
+        return Index(
+            np.concatenate(hashes), np.concatenate(owners), items, sorted(sizes), skipped, self.shared
+        )
 
     def contaminated(self, hits: Iterable[Hit]) -> bool:
         """Whether a document with these hits is to be removed."""
@@ -128,7 +142,8 @@ class Benchmarks(Config):
                 if not keys:
                     self._joined(path, 1, dict.fromkeys(table.schema_arrow.names))
                 for batch in table.iter_batches(batch_size=1024, columns=keys):
-                    for number, record in enumerate(batch.to_pylist(), number + 1):
+                    for record in batch.to_pylist():
+                        number += 1
                         yield number, self._joined(path, number, record)
         except (pyarrow.ArrowException, OSError) as why:
             raise ValueError(f"{path}:{number + 1}: cannot be read ({why}); fetch the file again") from None
@@ -137,8 +152,8 @@ class Benchmarks(Config):
         texts = [text for key in self.keys if key in record for text in _strings(record[key])]
         if not texts:
             raise ValueError(
-                f"{path}:{number}: no text under {', '.join(self.keys)}; it has {', '.join(record)}: set `keys` "
-                "of the benchmarks"
+                f"{path}:{number}: no text under {', '.join(self.keys)}, only {', '.join(record)}; "
+                "set benchmarks.keys"
             )
         return "\n".join(texts)
 
@@ -155,32 +170,10 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def tokens(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation; single characters where no blanks part words."""
+def tokens(text: str) -> Iterator[str]:
+    """The words of a text in lower case, without punctuation; characters where no blanks part words."""
     text = text.lower()
-    found: list[str] = (_ascii_token if text.isascii() else _token).findall(text)
-    return found
-
-
-def runs(hashes: Hashes, size: int) -> Hashes:
-    """A hash for each run of `size` tokens, from the tokens' hashes."""
-    count = len(hashes) - size + 1
-    if count <= 0:
-        return np.empty(0, np.uint64)
-    # Horner's rule for all places at once, by doubling: the hash of 2n tokens comes from two hashes of n.
-    whole, done = np.zeros(len(hashes) + 1, np.uint64), 0
-    power, width, factor = hashes, 1, _MULTIPLIER
-    rest = size
-    while rest:
-        if rest & 1:
-            whole = whole[: len(hashes) - done - width + 1] * np.uint64(factor) + power[done:]
-            done += width
-        rest >>= 1
-        if rest:
-            power = power[:-width] * np.uint64(factor) + power[width:]
-            factor = factor * factor % 2**64
-            width *= 2
-    return whole[:count] ^ (whole[:count] >> np.uint64(29))
+    return (found[0] for found in (_ascii_token if text.isascii() else _token).finditer(text))
 
 
 class _TokenHashes(dict[str, int]):
@@ -199,3 +192,77 @@ _hashes = _TokenHashes()
 def hashed(words: list[str]) -> Hashes:
     """The hash of each token; the same in every process and run."""
     return np.fromiter(map(_hashes.__getitem__, words), np.uint64, len(words))
+
+
+def runs(hashes: Hashes, sizes: Iterable[int]) -> Iterator[tuple[int, Hashes]]:
+    """For each size, which must increase, a hash of each run of so many tokens, in order."""
+    mixed, done = np.zeros(len(hashes), np.uint64), 0
+    for size in sizes:
+        count = max(0, len(hashes) - size + 1)
+        mixed = mixed[:count]
+        for offset in range(done, size):
+            # A polynomial in an odd number, modulo 2^64: the order of the tokens counts.
+            mixed = mixed * _MULTIPLIER + hashes[offset : offset + count]
+        done = size
+        yield size, mixed
+
+
+class Index:
+    """The runs of all items, sorted by their hash."""
+
+    def __init__(
+        self,
+        hashes: Hashes,
+        owners: NDArray[np.int32],
+        items: list[tuple[str, str]],
+        sizes: list[int],
+        skipped: int,
+        shared: int,
+    ) -> None:
+        self.items = items
+        """Benchmark and name of each item."""
+        self.sizes = sizes
+        """How long the runs are, the shortest first."""
+        self.skipped = skipped
+        """How many items were too short to be looked for."""
+        _, numbers, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        own = counts[numbers] <= shared
+        order = np.argsort(hashes[own], kind="stable")
+        self.hashes = hashes[own][order]
+        self.owners = owners[own][order]
+        """The item of each run."""
+        self.totals = np.bincount(self.owners, minlength=len(items))
+        """How many runs each item has."""
+        bits = max(10, (16 * len(self.hashes)).bit_length())
+        self.shift = np.uint64(64 - bits)
+        # Most runs are in no benchmark: one look at a table of their first bits says so for 15 of 16.
+        self.occupied = np.zeros(1 << bits, bool)
+        self.occupied[self.hashes >> self.shift] = True
+
+    def hits(self, text: str) -> list[Hit]:
+        """What a text has in common with each item that it shares a run with, the largest share first."""
+        if not len(self.hashes):
+            return []
+        entries: list[NDArray[np.int64]] = []
+        quotes: dict[int, str] = {}
+        stream, words = tokens(text), list[str]()
+        while block := list(islice(stream, _BLOCK)):
+            words = [*words[-self.sizes[-1] + 1 :], *block] if words and self.sizes[-1] > 1 else block
+            for size, hashes in runs(hashed(words), self.sizes):
+                places = np.flatnonzero(self.occupied[hashes >> self.shift])
+                left = np.searchsorted(self.hashes, hashes[places], "left")
+                right = np.searchsorted(self.hashes, hashes[places], "right")
+                there = left < right
+                rows = (places[there].tolist(), left[there].tolist(), right[there].tolist())
+                for place, first, end in zip(*rows, strict=True):
+                    for owner in self.owners[first:end].tolist():
+                        quotes.setdefault(owner, " ".join(words[place : place + size]))
+                    entries.append(np.arange(first, end))
+        if not entries:
+            return []
+        found = np.bincount(self.owners[np.unique(np.concatenate(entries))])
+        hits = [
+            Hit(*self.items[owner], float(found[owner] / self.totals[owner]), quotes[owner])
+            for owner in np.flatnonzero(found).tolist()
+        ]
+        return sorted(hits, key=lambda hit: (-hit.share, hit.benchmark, hit.item))

@@ -1,9 +1,8 @@
 """Masks what leads to a person: addresses and numbers, told from all other numbers by their own rules.
 
-FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557, 3.7) masks e-mail and public IP addresses; here
-are also what its Chinese successors lack: telephone numbers, Chinese identity numbers and bank cards. Masking
-too much destroys text, so whatever has a check digit must have a right one, and what looks like a version, a
-date, a hash or code stays.
+FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557) masks e-mail and public IP addresses; here are
+telephone numbers, Chinese identity numbers and bank cards too. Masking too much destroys text: so whatever
+has a check digit must have a right one, and what looks like a version, a date, a hash or code stays.
 
 Each pattern begins with one class of characters and repeats at most so and so often: then Python's `re` skips
 quickly to where it may match, and no text, however hostile, takes it more than linear time.
@@ -61,7 +60,8 @@ _VERSION_SIGNS = ("=", "<", ">", "~", "^", "/", "版", "版本", "第", "节", "
 
 _identity = re.compile(r"[1-8](?<![0-9A-Za-z_./+-].)[0-9]{5}(?:18|19|20)[0-9]{9}[0-9Xx](?![0-9A-Za-z_])")
 _PROVINCES = {
-    *range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83
+    *range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66),
+    71, 81, 82, 83,
 }  # fmt: skip
 _card = re.compile(
     r"[2-6](?<![0-9A-Za-z_./+-].)(?:[0-9]{3}(?:[ -]?[0-9]{4}){3}(?:[ -]?[0-9]{3})?"
@@ -158,11 +158,8 @@ def _email_start(found: re.Match[str]) -> int | None:
     start = at - len(local)
     after = text[end : end + 2]
     # git@github.com:user/repository and https://user@host/ are places, not persons.
-    if (after[:1] == ":" and (after[1:].isalnum() or after[1:] in ("~", "/"))) or text[
-        max(0, start - 2) : start
-    ] == "//":
-        return None
-    return start
+    place = after[:1] == ":" and (after[1:].isalnum() or after[1:] in ("~", "/"))
+    return None if place or text[max(0, start - 2) : start] == "//" else start
 
 
 def _identity_start(found: re.Match[str]) -> int | None:

@@ -64,7 +64,7 @@ def vocabulary(text: str, language: str, segmenter: Segmenter, characters_per_wo
     parts = 0
     if segmenter == "characters" and not text.isascii():
         parts = sum(count for word, count in proper if _unspaced.match(word))
-    surplus = parts - parts / characters_per_word
+    surplus = float(parts - parts / characters_per_word)
     total = counts.total()
     return Vocabulary(
         counts,
@@ -82,7 +82,7 @@ class WordFilter(Filter):
     segmenter: Segmenter
     """Words of Chinese: `characters`, or those that jieba finds, at a twentieth of the speed."""
     characters_per_word: PositiveFloat
-    """How many characters are counted as one word in scripts without blanks; jieba's have 1.6 to 1.85 in Chinese."""
+    """How many characters count as one word in scripts without blanks; jieba's words have 1.6 to 1.85."""
 
     def counted(self, document: Document) -> Vocabulary:
         """The words of a document."""
@@ -97,7 +97,8 @@ class GopherQuality(WordFilter):
     """
 
     columns = (
-        "words", "mean_word", "hashes", "ellipses", "bullet_lines", "ellipsis_lines", "alphabetic_words", "stop_words"
+        "words", "mean_word", "hashes", "ellipses", "bullet_lines", "ellipsis_lines", "alphabetic_words",
+        "stop_words",
     )  # fmt: skip
     measured_by = ("stop_words", "segmenter", "characters_per_word")
 
@@ -125,8 +126,8 @@ class GopherQuality(WordFilter):
     @property
     def reason(self) -> str:
         return (
-            f"not {self.minimum:,} to {self.maximum:,} words of {self.shortest:g} to {self.longest:g} characters on "
-            f"average, {self.alphabetic:.0%} with letters and {self.common} common ones, or too many symbols"
+            f"not {self.minimum:,} to {self.maximum:,} words of {self.shortest:g} to {self.longest:g} "
+            f"characters on average, {self.alphabetic:.0%} with letters and {self.common} common, or of symbols"
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
@@ -141,7 +142,7 @@ class GopherQuality(WordFilter):
             share(sum(line.startswith(("•", "-")) for line in lines), len(lines)),
             share(sum(line.endswith(("...", "…")) for line in lines), len(lines)),
             share(found.alphabetic, found.words),
-            sum(word in found.counts for word in {*self.stop_words}),
+            float(sum(word in found.counts for word in {*self.stop_words})),
         )
 
     def keep(self, *scores: Any) -> bool:
@@ -161,8 +162,8 @@ class GopherRepetition(WordFilter):
     """The same lines, paragraphs or words over and over.
 
     Gopher (Rae et al., 2021, https://arxiv.org/abs/2112.11446, A1.1, table A1), as in datatrove's
-    `gopher_repetition_filter.py`. Chinese: FineWeb-2 (https://arxiv.org/abs/2506.20920, configs/cmn_Hani.yml).
-    Where characters stand for words, a run of five words is one of as many characters as these have on average.
+    `gopher_repetition_filter.py`; Chinese as in FineWeb-2 (https://arxiv.org/abs/2506.20920). Where
+    characters stand for words, a run of five words is one of as many characters as these have on average.
     """
 
     columns = (
@@ -289,8 +290,8 @@ def _repeated(places: NDArray[np.int64], groups: NDArray[np.int64], ends: NDArra
 class C4(Filter):
     """Placeholders, code in the guise of prose, and pages with hardly a sentence.
 
-    C4 (Raffel et al., 2020, https://jmlr.org/papers/v21/20-074.html, 2.2): no "lorem ipsum", no curly bracket,
-    five sentences. Its rules about lines, which come before, are `Boilerplate`'s.
+    C4 (Raffel et al., 2020, https://jmlr.org/papers/v21/20-074.html, 2.2): no "lorem ipsum", no curly
+    bracket, five sentences. Its rules about lines, which come before, are `Boilerplate`'s.
     """
 
     columns = ("sentences", "curly_brackets", "lorem_ipsum")
@@ -309,11 +310,8 @@ class C4(Filter):
     def measure(self, document: Document) -> tuple[float, ...]:
         text = document.text
         lines = sum(not line.isspace() for line in text.splitlines() if line)
-        return (
-            lines + len(_sentence_end.findall(text)),
-            text.count("{"),
-            len(_lorem_ipsum.findall(text)),
-        )
+        sentences = lines + len(_sentence_end.findall(text))
+        return float(sentences), float(text.count("{")), float(len(_lorem_ipsum.findall(text)))
 
     def keep(self, *scores: Any) -> bool:
         sentences, brackets, lorem_ipsum = scores
@@ -327,8 +325,8 @@ class C4(Filter):
 class FineWeb(WordFilter):
     """Lists, navigation and copied lines, in short: lines that are not sentences.
 
-    FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557, 3.6) and, for newlines and other languages,
-    FineWeb-2 (https://arxiv.org/abs/2506.20920); datatrove's `fineweb_quality_filter.py`.
+    FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557, "Custom filters") and, for newlines and
+    other languages, FineWeb-2 (https://arxiv.org/abs/2506.20920); datatrove's `fineweb_quality_filter.py`.
     """
 
     columns = ("terminal_lines", "short_lines", "copied_characters", "newlines")
@@ -348,8 +346,8 @@ class FineWeb(WordFilter):
     @property
     def reason(self) -> str:
         return (
-            f"under {self.terminal_lines:.0%} of the lines are sentences, over {self.short_lines:.0%} are short, "
-            f"{self.copied_characters:.0%} are copies, or {self.newlines:g} line ends for each word"
+            f"under {self.terminal_lines:.0%} of the lines are sentences, over {self.short_lines:.0%} "
+            f"are short, {self.copied_characters:.0%} are copies, or {self.newlines:g} line ends a word"
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
@@ -418,7 +416,7 @@ class BadWords(Filter):
         return f"more than {self.maximum} words of {self.path}"
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        return (len(_any_of(self.path).findall(document.text.lower())),)
+        return (float(len(_any_of(self.path).findall(document.text.lower()))),)
 
     def keep(self, *scores: Any) -> bool:
         return bool(scores[0] <= self.maximum)

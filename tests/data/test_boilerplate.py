@@ -1,0 +1,56 @@
+"""Boilerplate: which lines go, in which language, and which stay."""
+
+import pytest
+
+from megachat.config import compose, decode
+from megachat.data.boilerplate import Boilerplate
+
+
+def rules(name: str) -> Boilerplate:
+    decoded: Boilerplate = decode(compose("clean", [f"+boilerplate={name}"])["boilerplate"])
+    return decoded
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "clean", "removed"),
+    [
+        ("Home\nA story begins.\n» Read more »\nIt ends.", "en", "A story begins.\nIt ends.", 2),
+        ("We use cookies to improve this site.\nText stays.", "en", "Text stays.", 1),
+        ("正文在这里。\n返回顶部\n版权所有 某某公司\n扫描二维码关注我们", "zh", "正文在这里。", 3),
+        ("Please enable JavaScript\n第一段。\n请打开JavaScript", "zh", "第一段。", 2),
+        ("Home is where the heart is.", "en", "Home is where the heart is.", 0),
+        ("a\n\nMenu\n\nb", "en", "a\n\n\nb", 1),
+        ("返回顶部", "en", "返回顶部", 0),
+        ("x" * 1001 + "\nshort", "en", "short", 1),
+        ("字" * 1001 + "\n短", "zh", "字" * 1001 + "\n短", 0),
+    ],
+)
+def test_lines_of_the_page_go(text: str, language: str, clean: str, removed: int) -> None:
+    assert rules("web").apply(text, language) == (clean, removed)
+
+
+def test_a_paragraph_about_cookies_stays() -> None:
+    text = "Many sites use cookies to remember who you are. " * 5
+    assert rules("web").apply(text, "en") == (text, 0)
+
+
+def test_code_is_left_alone() -> None:
+    code = "def menu():\n    Home\n    javascript\n"
+    assert rules("web").apply(code, "code") == (code, 0)
+    assert rules("c4").apply(code, "code") == (code, 0)
+
+
+def test_c4_keeps_lines_that_end_like_a_sentence_and_have_three_words() -> None:
+    text = "A title\nThis one stays.[1]\nThis one trails off...\nToo short.\nIt asked: “why not?”\nUses Javascript here."
+    clean = "This one stays.\nIt asked: “why not?”"
+    assert rules("c4").apply(text, "en") == (clean, 4)
+
+
+def test_words_of_chinese_are_two_characters() -> None:
+    rule = rules("none").model_copy(update={"applies_to": ["zh"], "words": 3})
+    assert rule.apply("四个字吧\n这里有六个字", "zh") == ("这里有六个字", 1)
+
+
+def test_none_changes_nothing() -> None:
+    text = "Home\n" + "x" * 2000 + "\nmenu"
+    assert rules("none").apply(text, "en") == (text, 0)

@@ -1,0 +1,38 @@
+"""Transforms for classical models."""
+
+import sys
+
+import pytest
+
+from megachat.config import compose, decode
+from megachat.data.words import Transform, jieba
+
+
+def transforms(name: str) -> dict[str, Transform]:
+    decoded: dict[str, Transform] = decode(compose("clean", [f"+transforms={name}"])["transforms"])
+    return decoded
+
+
+def test_nothing_is_transformed_unless_asked() -> None:
+    assert transforms("none") == {}
+
+
+def test_stop_words_go_from_their_own_language() -> None:
+    rule = transforms("classical")["stop_words"]
+    assert rule.apply("The cat is on the mat\nand I am not", "en") == "cat mat\nam"
+    assert rule.apply("我们的语言和模型", "zh") == "我们语言模型"
+    assert rule.apply("the 的", "code") == "the 的"
+
+
+def test_chinese_is_cut_into_words() -> None:
+    pytest.importorskip("jieba")
+    rule = transforms("classical")["segment"]
+    assert rule.apply("语言模型\n学习", "zh") == "语言 模型\n学习"
+    assert rule.apply("语言模型", "ja") == "语言模型"
+
+
+def test_a_missing_jieba_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    jieba.cache_clear()
+    with pytest.raises(ValueError, match=r"pip install 'megachat\[data\]'"):
+        jieba()
