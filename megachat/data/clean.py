@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from megachat.data.boilerplate import Boilerplate
-from megachat.data.collect import EXAMPLES, Collect, Select, Write
+from megachat.data.collect import EXACT, EXAMPLES, NEAR, Collect, Select, Write
 from megachat.data.copies import Corpus, Found, hot_buckets, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Executor
@@ -56,7 +56,7 @@ FEW = 100
 """A source with fewer documents may lose them all."""
 
 EMPTY = "empty, or nothing but control characters"
-EXACT = "the same text as an earlier document, but for blanks and letter case"
+SAME = "the same text as an earlier document, but for blanks and letter case"
 
 
 class Clean(Stage):
@@ -219,12 +219,12 @@ class Clean(Stage):
         """The steps at which documents go, and why."""
         reasons = {"normalise": EMPTY, **{name: rule.reason for name, rule in self.filters.items()}}
         near = f"{self.dedup.threshold:.0%} or more of the MinHash of an earlier document"
-        return {**reasons, "exact copies": EXACT, "near copies": near}
+        return {**reasons, EXACT: SAME} | ({NEAR: near} if self.dedup.near else {})
 
     def _check_loss(self, funnel: Funnel) -> None:
         """No source may lose nearly everything as near copies unnoticed."""
         for source, row in funnel.by_source():
-            lost = row.step == "near copies" and row.documents_removed / max(row.documents_in, 1)
+            lost = row.step == NEAR and row.documents_removed / max(row.documents_in, 1)
             if lost > self.dedup.largest_loss and row.documents_in >= FEW:
                 raise ValueError(
                     f"{row.documents_removed:,} of the {row.documents_in:,} documents of {source!r} are near copies; "

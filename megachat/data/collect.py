@@ -38,6 +38,9 @@ QUARANTINE = 20
 LENGTHS = [0, *(2**power for power in range(6, 25))]
 """Edges of the histogram of lengths, in characters."""
 
+KEPT, EXACT, NEAR = "kept", "exact copies", "near copies"
+"""What becomes of documents that pass the rules."""
+
 SCHEMA = {
     "id": pa.string(),
     "text": pa.large_string(),
@@ -196,12 +199,12 @@ class Write(Step):
     """The names of the filters."""
 
     def work(self, task: int) -> Record:
-        record: Record = {"kept": {}, "exact": {}, "near": {}, "examples": {}, "lengths": {}}
+        record: Record = {KEPT: {}, EXACT: {}, NEAR: {}, "examples": {}, "lengths": {}}
         exact, near = self.found.of(self.corpus, task)
         first = int(self.corpus.offsets[task])
         copies = {
             kind: dict(zip((pairs[0] - np.uint64(first)).tolist(), pairs[1].tolist(), strict=True))
-            for kind, pairs in (("exact", exact), ("near", near))
+            for kind, pairs in ((EXACT, exact), (NEAR, near))
         }
         removed = np.load(self.passed / f"{task:05}.npy", allow_pickle=False)
         path = self.folder / f"text-{task:05}.jsonl.zst"
@@ -221,10 +224,10 @@ class Write(Step):
                 row += 1
                 characters, size = entry.pop("characters"), entry.pop("bytes")
                 document = Document(**entry)
-                why = next((kind for kind, pairs in copies.items() if row in pairs), "kept")
+                why = next((kind for kind, pairs in copies.items() if row in pairs), KEPT)
                 if removed[row]:
                     why = self.rules[removed[row] - 1]
-                if why != "kept":
+                if why != KEPT:
                     examples = record["examples"].setdefault(why, [])
                     if len(examples) < EXAMPLES:
                         examples.append([document.id, document.text[:80], copies.get(why, {}).get(row)])
@@ -233,7 +236,7 @@ class Write(Step):
                 count = record[why].setdefault(document.source, {}).setdefault(document.language, [0, 0])
                 count[0] += 1
                 count[1] += size
-                if why == "kept":
+                if why == KEPT:
                     lengths = record["lengths"].setdefault(document.language, [0] * len(LENGTHS))
                     lengths[int(np.searchsorted(LENGTHS, characters, side="right")) - 1] += 1
                     yield document

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from megachat.data.collect import EXAMPLES, LENGTHS, QUARANTINE
+from megachat.data.collect import EXACT, EXAMPLES, LENGTHS, NEAR, QUARANTINE
 from megachat.data.copies import CLUSTERS, Corpus, Found
 from megachat.data.index import agreement
 from megachat.data.steps import Record
@@ -54,7 +54,7 @@ class Funnel:
         copies."""
         steps = [*reasons]
         entering: Counter[str] = Counter()
-        leaving: dict[str, dict[str, tuple[int, int]]] = {step: {} for step in steps}
+        leaving: dict[str, dict[str, tuple[int, int]]] = {step: {} for step in [*steps, NEAR]}
 
         def leave(step: str, source: str, documents: int, size: int) -> None:
             before = leaving[step].get(source, (0, 0))
@@ -70,8 +70,8 @@ class Funnel:
                     if int(place):
                         leave(steps[int(place)], source, documents, size)
         for record in write:
-            for kind, step in (("exact", steps[-2]), ("near", steps[-1])):
-                for source, languages in record[kind].items():
+            for step in (EXACT, NEAR):
+                for source, languages in record[step].items():
                     for documents, size in languages.values():
                         leave(step, source, documents, size)
         return Funnel(reasons, +entering, leaving)
