@@ -196,16 +196,12 @@ def test_files_of_a_web_server_are_found_by_its_listing_and_read(folder: Path) -
         server.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("url", "module"), [("s3://bucket/*.jsonl", "s3fs"), ("gs://bucket/*.jsonl", "gcsfs")]
-)
+@pytest.mark.parametrize(("url", "module"), [("s3://a/*.jsonl", "s3fs"), ("gs://a/*.jsonl", "gcsfs")])
 def test_a_store_whose_library_is_missing_names_the_extra(
     url: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ValueError, match=rf"(?i){url.replace('*', '.')}.*{module}.*pip install 'megachat\[data\]'"
-    ):
+    with pytest.raises(ValueError, match=rf"{url[:5]}.*(?i:{module}).*pip install 'megachat\[data\]'"):
         json_lines(url).parts()
 
 
@@ -217,15 +213,12 @@ def test_a_store_that_nobody_knows_is_named() -> None:
 def test_a_file_of_unknown_kind_stops_at_once_or_is_set_aside(folder: Path) -> None:
     (folder / "table.csv").write_text("a,b\n")
     (folder / ".hidden").write_text("not meant")
-    with pytest.raises(
-        ValueError, match=r"table\.csv: its name does not say how to read it \(1 such files\)"
-    ):
+    with pytest.raises(ValueError, match=r"table\.csv: its name does not say .* \(1 such files\)"):
         files(folder).parts()
     source = files(folder, on_error="quarantine")
     (part,) = [part for part in source.parts() if part.name == "table.csv"]
-    assert [str(found) for found in source.read(part)][0].startswith(
-        f"{folder}/table.csv: its name does not say"
-    )
+    (found,) = source.read(part)
+    assert str(found).startswith(f"{folder}/table.csv: its name does not say how to read it")
     assert len(read(source)) == 8
 
 
@@ -325,11 +318,8 @@ def test_every_corpus_in_conf_decodes(choice: str, expected: type[Source]) -> No
 
 
 def test_the_only_corpus_need_not_be_named_twice(folder: Path) -> None:
-    stage = decode(compose("clean", ["corpus=files", f"corpus.path={folder}"]))
-    assert len(read(stage.corpus["files"])) == 8
-    same = compose("clean", ["corpus=[files]", f"corpus.files.path={folder}"])
-    assert same == compose("clean", ["corpus=files", f"corpus.path={folder}"])
-    with pytest.raises(
-        ConfigError, match=r"corpus\.files\.pth: Files has no such setting; did you mean 'path'"
-    ):
+    tree = compose("clean", ["corpus=files", f"corpus.path={folder}"])
+    assert tree == compose("clean", ["corpus=[files]", f"corpus.files.path={folder}"])
+    assert len(read(decode(tree).corpus["files"])) == 8
+    with pytest.raises(ConfigError, match=r"corpus\.files\.pth: .* did you mean 'path'"):
         decode(compose("clean", ["corpus=files", "corpus.pth=x", "corpus.path=y"]))

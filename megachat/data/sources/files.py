@@ -94,7 +94,9 @@ class Parquet(Keys, FileSource):
                 # Parquet is read from its end: what is compressed must be in memory as a whole.
                 whole = part.place.endswith(COMPRESSED)
                 table = pyarrow.parquet.ParquetFile(
-                    pyarrow.BufferReader(file.read()) if whole else file, buffer_size=1 << 20
+                    pyarrow.BufferReader(file.read()) if whole else file,
+                    buffer_size=1 << 20,
+                    page_checksum_verification=True,
                 )
                 names = table.schema_arrow.names
                 for column in self.keys:

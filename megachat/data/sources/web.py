@@ -26,15 +26,20 @@ class WebArchive(FileSource):
     def records(self, part: Part) -> Iterator[Document | Broken]:
         archives = need("warcio.archiveiterator")
         exceptions = need("warcio.exceptions")
-        number = 0
+        number, record = 0, None
         try:
             with open_bytes(part.place) as file:
-                for record in archives.ArchiveIterator(file):
+                for record in archives.ArchiveIterator(_Stream(file), verify_http=False):
                     number += 1
+                    if record.format != "warc" or record.length is None:
+                        raise exceptions.ArchiveLoadFailed("here is no record of a WARC file")
                     if found := self._read(record, f"{part.place}:{number}", f"{part.name}:{number}"):
                         yield found
+                # It takes an end in the middle of a record for the end of the record.
+                if record is not None and record.raw_stream.limit > 0:
+                    raise EOFError("the file ends in the middle of a record")
         except (exceptions.ArchiveLoadFailed, *DAMAGE) as why:
-            yield damaged(f"{part.place}:{number + 1}", why)
+            yield damaged(f"{part.place}:{max(number, 1)}", why)
 
     def _read(self, record: Any, place: str, number: str) -> Document | Broken | None:
         media, charset = _content_type(record)
@@ -44,9 +49,10 @@ class WebArchive(FileSource):
         content = _content(record, self.longest)
         if len(content) > self.longest:
             return too_long(place, "record", self.longest, content)
-        # warcio takes an end in the middle of a record for the end of the record.
-        if record.raw_stream.limit > 0:
-            return damaged(place, EOFError("the file ends in the middle of a record"))
+        while record.raw_stream.read(1 << 16):  # what a server sent after the content
+            pass
+        if record.raw_stream.limit > 0:  # cut off: `records` says so
+            return None
         own = (record.rec_headers.get_header("WARC-Record-ID") or number).strip("<>")
         try:
             text = self._main_text(content, charset) if page else content.decode("utf-8")
@@ -68,6 +74,20 @@ class WebArchive(FileSource):
             deduplicate=False,
         )
         return text or ""
+
+
+class _Stream:
+    """For warcio, which takes an EOFError for the end of the file: it says that a file is cut off."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file = file
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self.file.read1(size)
+        except EOFError as why:
+            raise OSError(str(why)) from None
 
 
 def _content_type(record: Any) -> tuple[str, str | None]:
