@@ -61,9 +61,9 @@ class Filter(Config):
         return language in self.applies_to or EVERY in self.applies_to
 
 
-def share(part: float, whole: float) -> float:
+def share(part: float | int, whole: float | int) -> float:
     """part / whole, and 0 of nothing."""
-    return part / whole if whole else 0.0
+    return float(part / whole) if whole else 0.0
 
 
 class Script(Filter):
@@ -104,7 +104,7 @@ class Length(Filter):
         return f"not {self.minimum:,} to {self.maximum:,} characters long"
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        return (len(document.text),)
+        return (float(len(document.text)),)
 
     def keep(self, *scores: Any) -> bool:
         (characters,) = scores
@@ -188,7 +188,7 @@ class Lines(Filter):
         lines = document.text.split("\n")
         filled = sum(map(len, document.text.split()))
         return (
-            max(map(len, lines)),
+            float(max(map(len, lines))),
             len(document.text) / len(lines),
             share(sum(letters(document.text)), filled),
         )
@@ -227,9 +227,10 @@ class Words(Filter):
 
     def measure(self, document: Document) -> tuple[float, ...]:
         if document.language == "zh":
-            return 1, len({*document.text}.intersection(self.stop_words))
+            return 1.0, float(len({*document.text}.intersection(self.stop_words)))
         words = document.text.lower().split()
-        return share(sum(map(len, words)), len(words)), len({*words}.intersection(self.stop_words))
+        common = float(len({*words}.intersection(self.stop_words)))
+        return share(sum(map(len, words)), len(words)), common
 
     def keep(self, *scores: Any) -> bool:
         mean, common = scores

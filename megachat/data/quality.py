@@ -127,7 +127,7 @@ class GopherQuality(WordFilter):
     def reason(self) -> str:
         return (
             f"not {self.minimum:,} to {self.maximum:,} words of {self.shortest:g} to {self.longest:g} "
-            f"characters on average, {self.alphabetic:.0%} with letters and {self.common} common, or of symbols"
+            f"characters on average, {self.alphabetic:.0%} with letters and {self.common} common, or symbols"
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:

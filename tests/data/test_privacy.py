@@ -15,7 +15,7 @@ MASK = Privacy(email="<E>", identity="<I>", card="<C>", mobile="<M>", phone="<P>
         ("mail bob.smith+x@mail.co.uk now", "mail <E> now"),
         ("邮箱zhang_san@qq.com，谢谢", "邮箱<E>，谢谢"),
         ("mailto:bob@x.com: hello, or a@b.org/", "mailto:<E>: hello, or <E>/"),
-        # 1*7+1*9+0+1*5+0+5*4+1*2+9*1+4*6+9*3+1*7+2*9+3*10+1*5+0+0+2*2 = 167 = 2 modulo 11, which stands for X.
+        # 7+9+0+5+0+20+2+9+24+27+7+18+30+5+0+0+4 = 167 = 2 modulo 11, which stands for X.
         ("身份证11010519491231002X。", "身份证<I>。"),
         ("手机13812345678，或 +86 139-1234-5678", "手机<M>，或 <M>"),
         ("(+86)13812345678", "<M>"),
