@@ -124,9 +124,7 @@ class Benchmarks(Config):
             except ValueError as why:
                 raise ValueError(f"{path}:{number}: not JSON ({why}); mend the line or delete it") from None
             if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}:{number}: {line[:40]!r} is no JSON object; mend the line or delete it"
-                )
+                raise ValueError(f"{path}:{number}: no JSON object but {line[:40]!r}; mend or delete it")
             yield number, self._joined(path, number, record)
 
     def _rows(self, path: Path) -> Iterator[tuple[int, str]]:

@@ -60,7 +60,7 @@ class Vocabulary:
 def vocabulary(text: str, language: str, segmenter: Segmenter, characters_per_word: float) -> Vocabulary:
     """Counts the words of a text."""
     counts = Counter(words_of(text, language, segmenter))
-    proper = [(word, count) for word, count in counts.items() if _proper.search(word)]
+    proper = [(word, count) for word, count in counts.items() if word.isalnum() or _proper.search(word)]
     parts = 0
     if segmenter == "characters" and not text.isascii():
         parts = sum(count for word, count in proper if _unspaced.match(word))
@@ -71,7 +71,8 @@ def vocabulary(text: str, language: str, segmenter: Segmenter, characters_per_wo
         scale=share(total, total - surplus),
         words=total - surplus,
         proper=sum(count for _, count in proper) - surplus,
-        alphabetic=sum(count for word, count in proper if _alphabetic.search(word)) - surplus,
+        alphabetic=sum(count for word, count in proper if word.isalpha() or _alphabetic.search(word))
+        - surplus,
         characters=sum(len(word) * count for word, count in proper),
     )
 
@@ -127,7 +128,7 @@ class GopherQuality(WordFilter):
     def reason(self) -> str:
         return (
             f"not {self.minimum:,} to {self.maximum:,} words of {self.shortest:g} to {self.longest:g} "
-            f"characters on average, {self.alphabetic:.0%} with letters and {self.common} common, or of symbols"
+            f"characters on average, {self.alphabetic:.0%} with letters and {self.common} common, or symbols"
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
@@ -230,9 +231,10 @@ def repetition(words: Sequence[str], scale: float = 1.0) -> list[int]:
     Example: repetition("a b a b a b a b".split()) -> [12, 15, 21, 5, 6, 0, 0, 0, 0]
     """
     # Only where an n-gram occurs twice can a longer one do so: the few such places are all that is looked at.
-    numbers: dict[str, int] = {}
-    ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64, len(words))
-    ends = np.concatenate([[0], np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))])
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+    lengths = np.fromiter(map(len, numbers), np.int64, len(numbers))
+    ends = np.concatenate([[0], np.cumsum(lengths[ids])])
     places, groups = np.arange(len(words)), ids
     size, found = 1, []
     for n in (*COMMONEST, *REPEATED):

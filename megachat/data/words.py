@@ -29,18 +29,27 @@ def _marks() -> str:
     return "".join(marks)
 
 
-_RUNS = r"\.+|-+|=+|\*+|`+|#+|~+|[^\s\w]"
-_ascii_word = re.compile(rf"[a-zA-Z0-9_]+(?:[.:/]+[a-zA-Z0-9_]+)*(?:'[a-zA-Z]+)?|{_RUNS}")
-_part = rf"(?:[^\W{UNSPACED}]|[{_marks()}])+"
-_word = re.compile(rf"[{UNSPACED}]|{_part}(?:[.:/]+{_part})*(?:['’][^\W\d_{UNSPACED}]+)?|{_RUNS}")
+_RUNS = r"[.=*`#~-]+|[^\s\w]"
+
+
+def _pattern(part: str) -> re.Pattern[str]:
+    """Words made of one or more parts, single characters of unspaced scripts, and punctuation."""
+    return re.compile(rf"[{UNSPACED}]|{part}(?:[.:/'’]+{part})*|{_RUNS}")
+
+
+_word = _pattern(rf"[^\W{UNSPACED}]+")
+_mark = re.compile(f"[{_marks()}]")
+_marked_word = _pattern(rf"(?:[^\W{UNSPACED}]|[{_marks()}])+")  # half as fast
+_ascii_word = re.compile(rf"[a-zA-Z0-9_]+(?:[.:/']+[a-zA-Z0-9_]+)*|{_RUNS}")
 
 
 def split_words(text: str, language: str = "", segmenter: Segmenter = "characters") -> list[str]:
     """The words and punctuation marks of a text, in order: "It's 3.5%..." -> It's, 3.5, %, ..."""
     if segmenter == "jieba" and language == "zh":
         return [word for word in jieba().lcut(text) if not word.isspace()]
-    found: list[str] = (_ascii_word if text.isascii() else _word).findall(text)
-    return found
+    if text.isascii():
+        return _ascii_word.findall(text)
+    return (_marked_word if _mark.search(text) else _word).findall(text)
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,10 +19,9 @@ from megachat.data.contamination import Benchmarks, hashed, runs, tokens
 QUESTION = (
     "A farmer has seventeen sheep and sells all but nine of them at the market on Monday. "
     "How many sheep does she still have?"
-)  # 23 words: 11 runs of 13
-CHINESE = (
-    "一个农民有十七只羊，星期一她在市场上卖掉了其中的八只，请问她现在还剩下几只羊？"  # 35 characters: 16 runs
-)
+)  # 24 words: 12 runs of 13
+CHINESE = "一个农民有十七只羊，星期一她在市场上卖掉了其中的八只，请问她现在还剩下几只羊？"
+"""36 characters: 17 runs of 20."""
 
 
 def benchmarks(*paths: Path, **settings: Any) -> Benchmarks:
@@ -51,14 +50,14 @@ def test_runs_depend_on_the_order_of_their_tokens() -> None:
 def test_the_share_of_an_item_that_a_document_has(tmp_path: Path) -> None:
     rules = benchmarks(write(tmp_path / "sheep" / "test.jsonl", {"question": QUESTION}))
     index = rules.index()
-    assert len(index.hashes) == 11
+    assert len(index.hashes) == 12
     (hit,) = index.hits("Before. " + QUESTION.upper().replace(",", ";") + " After.")
     assert (hit.benchmark, hit.item, hit.share) == ("sheep/test", "sheep/test.jsonl:1", 1.0)
     assert hit.text == "a farmer has seventeen sheep and sells all but nine of them at"
     assert rules.contaminated([hit])
-    # The last 15 words of 23 are 3 runs of 13.
+    # The last 15 words of 24 are 3 runs of 13.
     (part,) = index.hits("So: " + " ".join(QUESTION.split()[-15:]))
-    assert part.share == 3 / 11
+    assert part.share == 3 / 12
     assert not rules.contaminated([part])
     assert index.hits(" ".join(QUESTION.split()[:12])) == []
     assert index.hits("") == []
@@ -66,7 +65,7 @@ def test_the_share_of_an_item_that_a_document_has(tmp_path: Path) -> None:
 
 def test_chinese_is_found_by_its_characters(tmp_path: Path) -> None:
     index = benchmarks(write(tmp_path / "zh.jsonl", {"question": CHINESE})).index()
-    assert len(index.hashes) == 35 - 20 + 1
+    assert len(index.hashes) == 36 - 20 + 1
     (hit,) = index.hits("题目：" + CHINESE.replace("，", " ") + "答案")
     assert hit.share == 1.0
     assert index.hits(CHINESE[:20]) == []  # a comma is among them: 19 characters
@@ -104,7 +103,7 @@ def test_formats_and_keys(tmp_path: Path) -> None:
     keys = ["question", "choices", "answer"]
     hits = benchmarks(tmp_path / "a" / "*", keys=keys).index().hits(f"{QUESTION} eight nine nine")
     assert [(hit.item, hit.share) for hit in hits] == [
-        ("a/x.jsonl:1", 1.0), ("a/y.jsonl.gz:1", 1.0), ("a/z.parquet:1", 1.0), ("a/w.txt:2", 11 / 12)
+        ("a/x.jsonl:1", 1.0), ("a/y.jsonl.gz:1", 1.0), ("a/z.parquet:1", 1.0), ("a/w.txt:2", 12 / 13)
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ MASK = Privacy(email="<E>", identity="<I>", card="<C>", mobile="<M>", phone="<P>
         ("mail bob.smith+x@mail.co.uk now", "mail <E> now"),
         ("邮箱zhang_san@qq.com，谢谢", "邮箱<E>，谢谢"),
         ("mailto:bob@x.com: hello, or a@b.org/", "mailto:<E>: hello, or <E>/"),
-        # 1*7+1*9+0+1*5+0+5*4+1*2+9*1+4*6+9*3+1*7+2*9+3*10+1*5+0+0+2*2 = 167 = 2 modulo 11, which stands for X.
+        # 7+9+0+5+0+20+2+9+24+27+7+18+30+5+0+0+4 = 167 = 2 modulo 11, which stands for X.
         ("身份证11010519491231002X。", "身份证<I>。"),
         ("手机13812345678，或 +86 139-1234-5678", "手机<M>，或 <M>"),
         ("(+86)13812345678", "<M>"),
@@ -39,7 +39,7 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
         "@app.route('/users')\n@property\nx = a@b.mean(axis=0) + c @ d",
         "git@github.com:user/repository.git, https://user@host.org/x, root@localhost, user@host",
         "user@example.com, someone@mail.example",  # nobody has these
-        "Python 3.11.7.1, v1.2.3.4, section 4.1.2.3, Chrome/90.0.4430.212, numpy==1.26.4.1, 版本 10.15.222.123",
+        "Python 3.11.7.1, v1.2.3.4, section 4.1.2.3, Chrome/90.0.4430.212, x==1.26.4.1, 版本 9.15.222.12",
         "2023-11-12 12:30:45, 12/11/2023, 2023.11.12.10, 2023年11月12日",
         "da39a3ee5e6b4b0d3255bfef95601890afd80709, 0x13812345678, 1.2345678901234567, 3.14159265358979",
         "192.168.0.1, 10.0.0.255, 127.0.0.1, 224.0.0.251, 255.255.255.255, 1.3.6.1.4.1.311.21",

@@ -98,8 +98,8 @@ def test_gopher_repetition_counts() -> None:
 
 
 def test_repetition_of_a_and_b() -> None:
-    # "a b" four times with a blank each: 12; "a b a" three times: 15; "a b a b" three times: 21; of 5-grams the
-    # third is the first again, and then there is no room; of 6-grams the third, too; of 7-grams there are two.
+    # "a b" four times with a blank each: 12; "a b a" three times: 15; "a b a b" three times: 21; of 5-grams
+    # the third is the first again, and there is no room for more; of 6-grams, too; of 7-grams there are two.
     assert repetition("a b a b a b a b".split()) == [12, 15, 21, 5, 6, 0, 0, 0, 0]
     assert repetition([]) == [0] * 9
     assert repetition(["abc", "de"]) == [6, 0, 0, 0, 0, 0, 0, 0, 0]  # said once
