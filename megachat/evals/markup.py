@@ -4,8 +4,10 @@ Only `element`, `join` and `plots.draw` make an `Html`. The page is one file and
 """
 
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 STYLE = Path(__file__).with_name("page.css")
 VOID = {"meta"}
@@ -75,3 +77,44 @@ def document(title: str, *children: object) -> str:
         + element("html", head, element("body", element("main", *children)), lang="en")
         + "\n"
     )
+
+
+def section(title: str, about: str | None, *children: object) -> Html:
+    """A heading, a line about what follows, and what follows."""
+    return element("section", element("h2", title), note(about) if about else None, *children)
+
+
+def note(text: str) -> Html:
+    """A line in small, quiet letters."""
+    return element("div", text, class_="quiet")
+
+
+def clipped(text: Any, longest: int = 600) -> str:
+    """A text, cut where it is longer than anyone reads."""
+    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=1)
+    return whole if len(whole) <= longest else f"{whole[:longest]} \u2026"
+
+
+def plural(count: int, noun: str) -> str:
+    """Example: plural(1, "step") -> "1 step"; plural(2, "step") -> "2 steps"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size(count: int | float) -> str:
+    """Example: size(2_500_000) -> "2.5 MB"."""
+    if count < 1000:
+        return f"{count:,.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:,.1f} TB"
+
+
+def duration(seconds: int | float) -> str:
+    """Example: duration(75) -> "1 min 15 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

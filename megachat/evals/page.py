@@ -3,11 +3,22 @@
 Each section is None where its stages have not finished.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megachat.evals.markup import Html, document, element, join, table
+from megachat.evals.corpus import removals
+from megachat.evals.markup import (
+    Html,
+    document,
+    duration,
+    element,
+    join,
+    note,
+    plural,
+    section,
+    size,
+    table,
+)
 from megachat.evals.plots import Line, Plot, draw
 
 Facts = dict[str, Any]
@@ -95,7 +106,7 @@ def page(facts: Facts) -> str:
 def headline(facts: Facts) -> Html:
     """The run's name, and in one sentence what it is."""
     amounts = []
-    if facts["clean"]:
+    if "bytes" in facts["clean"]:
         amounts.append(f"{size(facts['clean']['bytes'])} of text")
     if train := facts["encode"].get("train"):
         amounts.append(f"{train['tokens']:,} tokens")
@@ -219,33 +230,6 @@ def samples(facts: Facts) -> Html | None:
     )
 
 
-def removals(facts: Facts) -> Html | None:
-    """What cleaning removed, with examples, and what it kept."""
-    clean = facts["clean"]
-    if not clean:
-        return None
-    rows = []
-    for row in clean["rows"]:
-        examples = [element("pre", clipped(example)) for example in row["examples"]]
-        summary = element("summary", plural(len(examples), "example"))
-        shown = element("details", summary, *examples) if examples else None
-        share = 100 * row["documents_removed"] / max(row["documents_in"], 1)
-        title = join([element("strong", row["step"]), note(row["reason"]), shown])
-        counts = [f"{row['documents_in']:,}", f"{row['documents_removed']:,}", f"{share:.1f} %"]
-        rows.append([title, *counts, size(row["bytes_removed"])])
-    kept = []
-    for group in ("languages", "sources"):
-        named = [[name, f"{of['documents']:,}", size(of["bytes"])] for name, of in clean[group].items()]
-        kept.append(table([group.capitalize(), "Documents", "Bytes"], named, numeric=(1, 2)))
-    return section(
-        "Data",
-        f"Cleaning kept {clean['documents']:,} documents, {size(clean['bytes'])}. What each step removed:",
-        table(["Step", "Documents in", "Removed", "Share", "Bytes removed"], rows, numeric=(1, 2, 3, 4)),
-        element("h3", "What was kept"),
-        element("div", *kept, class_="grid half"),
-    )
-
-
 def tokens(facts: Facts) -> Html | None:
     """The tokenizer and the token shards, in numbers."""
     tokenizer, shards = facts["tokenizer"], facts["encode"]
@@ -253,15 +237,12 @@ def tokens(facts: Facts) -> Html | None:
     if tokenizer:
         rows = [
             ["Vocabulary", f"{tokenizer['vocab']:,}"],
-            *[
-                [f"Bytes per token, {name}", f"{rate:.2f}"]
-                for name, rate in tokenizer["bytes_per_token"].items()
-            ],
             ["Texts that came back as they went in", f"{tokenizer['round_trips']:,}"],
             ["Sample it was learnt from", size(tokenizer["sample"]["bytes"])],
             ["Fingerprint", tokenizer["sha256"][:12]],
         ]
         tables.append(table(["Tokenizer", ""], rows, numeric=(1,)))
+        tables.append(fertility(tokenizer))
     if shards:
         splits = [(split, shards[split]) for split in ("train", "validation")]
         rows = [
@@ -269,6 +250,19 @@ def tokens(facts: Facts) -> Html | None:
         ]
         tables.append(table(["Shard", "Documents", "Tokens", "Bytes"], rows, numeric=(1, 2, 3)))
     return section("Tokens", None, element("div", *tables, class_="grid half")) if tables else None
+
+
+def fertility(tokenizer: Facts) -> Html:
+    """How much text of each language a token holds."""
+    characters = tokenizer.get("characters_per_token", {})
+    most = max(tokenizer["bytes_per_token"].values(), default=0.0) or 1.0
+    rows: list[list[object]] = []
+    for name, rate in tokenizer["bytes_per_token"].items():
+        bar = element("div", class_="bar", style=f"width:{100 * rate / most:.2f}%")
+        counted = f"{characters[name]:.2f}" if name in characters else ""
+        rows.append([name, f"{rate:.2f}", counted, bar])
+    head = ["Language", "Bytes per token", "Characters" if characters else "", ""]
+    return table(head, rows, numeric=(1, 2), bars=(3,))
 
 
 def settings(facts: Facts) -> Html:
@@ -285,44 +279,3 @@ def settings(facts: Facts) -> Html:
         *composed,
         note(f"Written {facts['written']} with {versions}. Every number of this page is in report.json."),
     )
-
-
-def section(title: str, about: str | None, *children: object) -> Html:
-    """A heading, a line about what follows, and what follows."""
-    return element("section", element("h2", title), note(about) if about else None, *children)
-
-
-def note(text: str) -> Html:
-    """A line in small, quiet letters."""
-    return element("div", text, class_="quiet")
-
-
-def clipped(text: Any, longest: int = 600) -> str:
-    """A text, cut where it is longer than anyone reads."""
-    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=1)
-    return whole if len(whole) <= longest else f"{whole[:longest]} \u2026"
-
-
-def plural(count: int, noun: str) -> str:
-    """Example: plural(1, "step") -> "1 step"; plural(2, "step") -> "2 steps"."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def size(count: int | float) -> str:
-    """Example: size(2_500_000) -> "2.5 MB"."""
-    if count < 1000:
-        return f"{count:,.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:,.1f} TB"
-
-
-def duration(seconds: int | float) -> str:
-    """Example: duration(75) -> "1 min 15 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

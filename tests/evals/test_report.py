@@ -185,3 +185,11 @@ def test_durations_are_read_at_a_glance(seconds: float, expected: str):
 )
 def test_sizes_are_read_at_a_glance(count: float, expected: str):
     assert pages.size(count) == expected
+
+
+def test_fertility_is_shown_by_language(full: Path):
+    told = json.loads((full / "tokenizer" / "report.json").read_text())
+    told |= {"bytes_per_token": {"en": 4.0, "zh": 3.0}, "characters_per_token": {"zh": 1.25}}
+    write_json(full / "tokenizer" / "report.json", told)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", report(full)[1]))
+    assert "Language Bytes per token Characters en 4.00 zh 3.00 1.25" in text

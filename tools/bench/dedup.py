@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of a script, only its own folder is there
 
 from megachat.data import dedup
@@ -29,6 +28,7 @@ from tools.bench.clock import ONE_THREAD
 from tools.bench.make_text import generated
 from tools.bench.planted import Copy, chinese, neighbours, plant
 
+ROOT = Path(__file__).resolve().parents[2]
 RECALLS = (0.7, 0.8, 0.9)
 """Recall is that of the planted pairs at least so similar."""
 ALIKE = 0.7
@@ -101,7 +101,7 @@ def main() -> int:
         texts, truth = corpus(arguments.text, arguments.megabytes * 1e6, arguments.seed)
         with tempfile.TemporaryDirectory(prefix="dedup.") as folder:
             complete = removals(rivals, texts, truth, Path(folder))
-            signatures(rivals, texts, Path(folder))
+            signatures(rivals, texts, arguments.megabytes * 1e6, Path(folder))
     except (ValueError, RuntimeError) as why:
         print(f"dedup.py: {why}", file=sys.stderr)
         return 1
@@ -171,17 +171,15 @@ def told_by(rival: Rival, job: str, path: Path) -> Result | str:
 def removals(rivals: Sequence[Rival], texts: Sequence[str], truth: Sequence[Copy], folder: Path) -> bool:
     """Prints the table of whole deduplications; returns whether all could be run."""
     megabytes = write(path := folder / "text.jsonl", texts)
-    print(
-        f"text to removal list: {len(texts):,} documents, {megabytes:.1f} MB, {len(truth):,} planted copies"
-    )
+    amount = f"{len(texts):,} documents, {megabytes:.1f} MB, {len(truth):,} planted copies"
+    print(f"text to removal list: {amount}")
     print(f"one core of {processor()}, Python {platform.python_version()}; s is processor time\n")
     found = {rival.name: told_by(rival, "removed", path) for rival in rivals}
     gone = {name: set(told["removed"]) for name, told in found.items() if not isinstance(told, str)}
     near = neighbours(texts, set[int]().union(*gone.values()), ALIKE)
     recalls = "".join(f"{f'recall {threshold}':>12}" for threshold in RECALLS)
-    print(
-        f"{'':<18}{'documents/s':>12}{'MB/s':>8}{'s':>8}{'peak MB':>9}{recalls}{'precision':>11}{'removed':>9}"
-    )
+    columns = f"{'documents/s':>12}{'MB/s':>8}{'s':>8}{'peak MB':>9}{recalls}{'precision':>11}{'removed':>9}"
+    print(f"{'':<18}{columns}")
     for name, told in found.items():
         if isinstance(told, str):
             print(f"{name:<18}not installed: {told}")
@@ -210,17 +208,17 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def signatures(rivals: Sequence[Rival], texts: Sequence[str], folder: Path) -> None:
-    """Prints the table of signatures."""
+def signatures(rivals: Sequence[Rival], texts: Sequence[str], limit: float, folder: Path) -> None:
+    """Prints the table of signatures, of no more text than `limit` bytes."""
     rates: dict[str, list[str]] = {rival.name: [] for rival in rivals}
     origins = []
     for language, title in (("en", "English"), ("zh", "Chinese")):
-        limit = max(rival.signed for rival in rivals)
-        own = head((text for text in texts if language_of(text) == language), limit)
+        most = min(limit, max(rival.signed for rival in rivals))
+        own = head((text for text in texts if language_of(text) == language), most)
         origins.append(f"{title}: {'of the documents' if own else 'from make_text.py'}")
-        own = own or generated(language, limit)
+        own = own or generated(language, most)
         for rival in rivals:
-            megabytes = write(path := folder / "signed.jsonl", head(own, rival.signed))
+            megabytes = write(path := folder / "signed.jsonl", head(own, min(limit, rival.signed)))
             told = told_by(rival, "signatures", path)
             rate = "not installed" if isinstance(told, str) else f"{megabytes / told['seconds']:.2f}"
             rates[rival.name].append(rate)

@@ -56,16 +56,16 @@ PLAIN, COMMA, STOP, QUESTION, PARAGRAPH, LAST, CAPITAL = range(7)
 FORMS = 12
 
 FREQUENT = {
-    "en": "the of and to in a is that for it as was with be by on not he this are or his from at which but have "
-    "an had they you were there one all we can her has been if more when will would who so no out up into "
-    "them about than its time only could new some these two may then do first any my now such like our "
-    "over most even after also did many before must through back years where much your way down should "
-    "because long each just state those people how too little good world very still see men work here get "
-    "both between",
-    "zh": "的 了 是 在 和 有 不 我 他 这 也 就 都 人 一 上 个 中 大 为 到 说 们 来 地 着 "
-    "要 与 对 会 年 而 以 后 你 她 它 那 可以 没有 我们 他们 自己 什么 一个 这个 因为 "
-    "所以 但是 如果 问题 工作 时间 中国 现在 已经 可能 需要 进行 发展 使用 通过 开始 知道 "
-    "看到 不同 重要 其中 以及 对于 关于 或者 并且 这些 那些",
+    "en": "the of and to in a is that for it as was with be by on not he this are or his from at which but "
+    "have an had they you were there one all we can her has been if more when will would who so no "
+    "out up into them about than its time only could new some these two may then do first any my now "
+    "such like our over most even after also did many before must through back years where much your "
+    "way down should because long each just state those people how too little good world very still "
+    "see men work here get both between",
+    "zh": "的 了 是 在 和 有 不 我 他 这 也 就 都 人 一 上 个 中 大 为 到 说 们 来 地 "
+    "着 要 与 对 会 年 而 以 后 你 她 它 那 可以 没有 我们 他们 自己 什么 一个 这个 "
+    "因为 所以 但是 如果 问题 工作 时间 中国 现在 已经 可能 需要 进行 发展 使用 通过 开始 "
+    "知道 看到 不同 重要 其中 以及 对于 关于 或者 并且 这些 那些",
 }
 SYLLABLES = (
     "b c d f g h j k l m n p r s t v w br ch cl dr fl gr pl pr qu sh sp st str th tr".split(),
@@ -181,7 +181,7 @@ def language(name: str) -> Language:
     return Language(name, list(found))
 
 
-def generated(name: str, size: int) -> list[str]:
+def generated(name: str, size: float) -> list[str]:
     """Texts in one language, of about so many bytes, without copies."""
     draws, of = Draws(1), language(name)
     texts: list[str] = []

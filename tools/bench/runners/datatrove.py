@@ -1,4 +1,4 @@
-"""datatrove's four MinHash stages on files, by its local executor and with its settings: 14 bands of 8, 5 words.
+"""datatrove's four MinHash stages on files, by its local executor, with its settings: 14 bands of 8, 5 words.
 
 English and Chinese are deduplicated apart, each with the words of its language, as FineWeb-2 does: the lines
 of the input say which they are. The fourth stage's `exclusion_writer` is what names the documents removed.
