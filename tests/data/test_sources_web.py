@@ -111,7 +111,7 @@ def test_chinese_is_read_whatever_the_server_says_of_it(tmp_path: Path, declared
     assert sentence in document.text
 
 
-@pytest.mark.parametrize("after", [b"", b"what does not belong here"])
+@pytest.mark.parametrize("after", [b"", b"what does not belong here" * 2000])
 def test_a_compressed_page_is_decompressed(tmp_path: Path, after: bytes) -> None:
     headers = [*HTML, ("Content-Encoding", "gzip")]
     packed = gzip.compress(PAGE.encode()) + after
@@ -162,6 +162,13 @@ def test_of_an_archive_cut_off_the_records_before_are_read(tmp_path: Path, compr
     assert isinstance(first, Document)
     assert first.id == "urn:uuid:1"
     assert str(broken).startswith(f"{path}:2: cannot be read")
+
+
+def test_an_archive_cut_off_at_once_is_not_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.warc.gz"
+    path.write_bytes(archive(text("1", b"short"))[:-9])
+    with pytest.raises(ValueError, match=r"a\.warc\.gz:1: cannot be read"):
+        read(source(path))
 
 
 def test_what_is_no_archive_is_named(tmp_path: Path) -> None:

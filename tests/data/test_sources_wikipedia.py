@@ -68,6 +68,7 @@ def test_articles_are_read_and_redirects_and_talk_are_not(tmp_path: Path, name: 
         ("See [[:Category:People|the people]].<!-- not this -->", "See the people."),
         ("一台-{zh-hans:计算机; zh-hant:電腦}-和-{A|zh-tw:軟體; zh-cn:软件}-", "一台计算机和软件"),
         ("-{H|zh-cn:软件; zh-tw:軟體}-名为-{只此}-", "名为只此"),
+        ("One<br/>two <b>three</b> H<sub>2</sub>O <math>x^2</math>{{{1|}}}", "One\ntwo three H2O"),
         ("a &lt; b &nbsp;c", "a < b \xa0c"),
     ],
 )

@@ -1,12 +1,11 @@
 """Wikipedia's dumps: `<language>wiki-<date>-pages-articles*.xml*.bz2` of https://dumps.wikimedia.org.
 
-mwparserfromhell reads the wikitext. What it does not know it leaves in the text: files, categories and links
-to other languages look like links to it, and the markup of Chinese variants like text.
+mwparserfromhell reads the wikitext. Files, categories and links to other languages look like links to it, and
+the markup of Chinese variants like text.
 """
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 from xml.etree import ElementTree
 
@@ -72,21 +71,33 @@ def plain_text(wikitext: str) -> str:
     Example: "'''Ada''' wrote [[note (text)|notes]].{{cn}}" -> "Ada wrote notes."
     """
     code = need("mwparserfromhell").parse(VARIANTS.sub(_variant, wikitext))
-    for link in code.filter_wikilinks():
-        namespace, colon, _ = str(link.title).partition(":")
-        namespace = namespace.strip().lower()
-        if colon and (namespace in NOT_PROSE or OTHER_LANGUAGE.fullmatch(namespace)):
-            _remove(code, link)
-    for tag in code.filter_tags(matches=lambda tag: str(tag.tag).strip().lower() in LEFT_OUT):
-        _remove(code, tag)
-    text = HOLES.sub("", code.strip_code())
-    lines = (line.strip() for line in text.split("\n"))
+    lines = (line.strip() for line in HOLES.sub("", _prose(code)).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def _remove(code: Any, node: Any) -> None:
-    with suppress(ValueError):  # gone with one that it was inside of
-        code.remove(node)
+def _prose(code: Any) -> str:
+    """The text of parsed wikitext. Not its own `strip_code`: taking nodes out first is six times slower."""
+    return "".join(map(_node, code.nodes)) if code is not None else ""
+
+
+def _node(node: Any) -> str:
+    match type(node).__name__:
+        case "Text":
+            return str(node.value)
+        case "HTMLEntity":
+            return str(node.normalize())
+        case "Heading" | "ExternalLink":
+            return _prose(node.title)
+        case "Wikilink":
+            namespace, colon, _ = str(node.title).partition(":")
+            namespace = namespace.strip().lower()
+            if colon and (namespace in NOT_PROSE or OTHER_LANGUAGE.fullmatch(namespace)):
+                return ""
+            return _prose(node.text or node.title).removeprefix(":")
+        case "Tag":
+            name = str(node.tag).strip().lower()
+            return "\n" if name == "br" else "" if name in LEFT_OUT else _prose(node.contents)
+    return ""  # templates, their arguments, comments
 
 
 def _variant(found: re.Match[str]) -> str:
