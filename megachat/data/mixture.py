@@ -88,7 +88,7 @@ class Curriculum(Mixture):
 def turns(weights: Sequence[int]) -> NDArray[np.uint16]:
     """Whose turn it is at each place of one period, for whole weights that sum to the period.
 
-    Example: turns([3, 1]) -> [0, 0, 1, 0]
+    Example: turns([3, 1]) -> [0, 0, 0, 1]
     """
     period = sum(weights)
     coming = [(0, source) for source in range(len(weights))]  # the place from which its next sample may stand
