@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megachat.data.loader import WHOLE, OnChange, Plan, TokenWindows, ahead, mixed, order, share
+from megachat.data.loader import WHOLE, Mixed, OnChange, Order, Plan, TokenWindows, ahead, share
 from megachat.data.mixture import Phase
 from megachat.data.shards import Shard, Shards, ShardWriter
 
@@ -76,20 +76,27 @@ def test_a_corpus_of_one_window_is_enough_and_one_token_less_is_not(shard: Shard
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_world_size_reads_the_same_samples_in_each_step(world: int) -> None:
-    samples = order(range(100), seed=0)
+    samples = Order(range(100), seed=0)
     for step in range(10):  # through two epochs
         read = [sample for rank in range(world) for sample in share(samples, step * 24, 24, rank, world)]
         assert read == [samples[number] for number in range(step * 24, step * 24 + 24)]
 
 
 def test_a_changed_batch_size_goes_on_where_the_last_step_ended() -> None:
-    samples = order(range(1000), seed=0)
+    samples = Order(range(1000), seed=0)
     stream = share(samples, 0, 48, 0, 1)
     assert share(samples, 0, 16, 0, 1) + share(samples, 16, 32, 0, 2) + share(samples, 16, 32, 1, 2) == stream
 
 
+def test_the_order_is_that_of_grains_own_data_sets() -> None:
+    import grain
+
+    other, samples = grain.MapDataset.source(range(100)).shuffle(7).repeat(), Order(range(100), 7)
+    assert [samples[number] for number in range(350)] == [other[number] for number in range(350)]
+
+
 def test_an_epoch_repeats_nothing_and_the_next_one_is_shuffled_anew() -> None:
-    samples = order(range(100), seed=0)
+    samples = Order(range(100), seed=0)
     epochs = [[samples[epoch * 100 + number] for number in range(100)] for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(100))
@@ -99,14 +106,14 @@ def test_an_epoch_repeats_nothing_and_the_next_one_is_shuffled_anew() -> None:
 
 def test_the_order_follows_from_the_seed_alone() -> None:
     def first(seed: int) -> list[int]:
-        return share(order(range(100), seed), 0, 20, 0, 1)
+        return share(Order(range(100), seed), 0, 20, 0, 1)
 
     assert first(1) == first(1)
     assert first(1) != first(2)
 
 
 def test_windows_can_be_ordered_and_shared(shard: Shards) -> None:
-    read = share(order(TokenWindows(shard, length=2), seed=0), start=0, count=4, rank=0, world=1)
+    read = share(Order(TokenWindows(shard, length=2), seed=0), start=0, count=4, rank=0, world=1)
     assert sorted(window["tokens"][0] for window in read) == [10, 12, 20, 30]
 
 
@@ -138,7 +145,7 @@ def read(
     sources: dict[str, Shards], plan: Plan, start: int, steps: int, world: int = 1, micro_batch: int = 24
 ) -> list[int]:
     """The first token of every sample of so many steps of 24, as ranks read it in micro-batches."""
-    samples = mixed({name: TokenWindows(shards, 10) for name, shards in sources.items()}, plan)
+    samples = Mixed({name: TokenWindows(shards, 10) for name, shards in sources.items()}, plan)
     found = []
     for step in range(steps):
         for rank in range(world):
@@ -188,7 +195,7 @@ def test_sources_of_one_size_are_not_shuffled_alike(tmp_path: Path) -> None:
 
 def test_without_a_mixture_the_order_is_that_of_all_windows(shard: Shards) -> None:
     fresh = Plan.of({WHOLE: shard}, [], [], 2, 5)
-    stream, expected = mixed({WHOLE: TokenWindows(shard, 2)}, fresh), order(TokenWindows(shard, 2), 5)
+    stream, expected = Mixed({WHOLE: TokenWindows(shard, 2)}, fresh), Order(TokenWindows(shard, 2), 5)
     assert [stream[i]["tokens"].tolist() for i in range(9)] == [
         expected[i]["tokens"].tolist() for i in range(9)
     ]
@@ -274,4 +281,4 @@ def test_a_world_that_does_not_divide_the_step_is_told_which_would() -> None:
     with pytest.raises(
         ValueError, match=r"3 ranks cannot share the 8 samples of a step; use one of \[1, 2, 4, 8\]"
     ):
-        share(order(range(100), seed=0), 0, 8, 0, 3)
+        share(Order(range(100), seed=0), 0, 8, 0, 3)

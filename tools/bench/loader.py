@@ -1,8 +1,8 @@
 """How many tokens a second a loader reads, on one core: python tools/bench/loader.py [--length 2048]
 
-Random rows of `length` tokens from shards of random tokens in documents of some 700: as far as the disk cache
-goes, what is measured is the loader. Time is the processor's, of this process, held to one core; the best of three.
-A program that is not there has `not installed` in its row.
+Random rows of `length` tokens from shards of random tokens in documents of some 700, all in memory: what is
+measured is the loader. Time is the processor's, of this process with its threads, held to one core; the best
+of three. A program that is not there has `not installed` in its row.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megachat.data.loader import WHOLE, Plan, TokenWindows, ahead, mixed, share
+from megachat.data.loader import WHOLE, Mixed, Plan, TokenWindows, ahead, share
 from megachat.data.mixture import Phase
 from megachat.data.packing import PackedRows, pack
 from megachat.data.shards import Shard, Shards, ShardWriter
@@ -93,7 +93,7 @@ def programs(shards: dict[str, Shards], length: int) -> dict[str, Callable[[], C
                 else TokenWindows(one, length)
                 for name, one in sources.items()
             }
-            samples = mixed(rows, plan)
+            samples = Mixed(rows, plan)
             if not steps:
                 return lambda step: share(samples, step * BATCH, BATCH, 0, 1)
             stream = ahead(lambda start: share(samples, start, BATCH, 0, 1), 0, BATCH, steps)
