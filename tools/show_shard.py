@@ -62,8 +62,8 @@ def shown(prefix: Path, first: int, count: int, tokenizer: Path | None = None) -
         tokens = shard.tokens[start:stop].tolist()
         if max(tokens) >= words.vocab:
             raise ValueError(
-                f"{prefix} has token {max(tokens)}, and the tokenizer only {words.vocab}: it is another one's; "
-                "name the right one with --tokenizer"
+                f"{prefix} has token {max(tokens)}, and the tokenizer only {words.vocab}: it is "
+                "another one's; name the right one with --tokenizer"
             )
         trained = [None] * len(tokens) if mask is None else mask[start:stop].tolist()
         if sys.stdout.isatty():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,6 @@ from numpy.typing import NDArray
 from megachat.data.mixture import Phase, Schedule, Turns
 from megachat.data.shards import Shards
 from megachat.stages import did_you_mean
-
-if TYPE_CHECKING:
-    import grain
 
 T = TypeVar("T")
 
@@ -61,36 +58,58 @@ class TokenWindows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
         stop = start + self.length + 1
-        first, last = np.searchsorted(self.shards.documents, (start, stop - 1), side="right").tolist()
-        edges = self.shards.documents[first:last].tolist()  # where documents begin inside the window
-        lengths = np.diff([start, *edges, stop])
+        documents = self.shards.documents
+        first = int(documents.searchsorted(start, side="right")) - 1
+        last = int(documents.searchsorted(stop - 1, side="right"))
+        edges = documents[first : last + 1].copy()
+        edges[0], edges[-1] = start, stop
         return {
             "tokens": self.shards.read(start, stop),
-            "documents": np.repeat(np.arange(first - 1, last), lengths),
+            "documents": np.repeat(np.arange(first, last), edges[1:] - edges[:-1]),
         }
 
 
-def order(source: Any, seed: int) -> "grain.MapDataset[Any]":
-    """The samples of any indexable source, shuffled, endlessly repeated, shuffled anew in each epoch."""
-    return _grain().MapDataset.source(source).shuffle(seed).repeat()
+class Order:
+    """The samples of an indexable source, shuffled, endlessly repeated, shuffled anew in each epoch.
+
+    The order is that of grain's `MapDataset.source(source).shuffle(seed).repeat()`, whose objects around each
+    sample would take longer than reading 2,000 tokens.
+    """
+
+    def __init__(self, source: Any, seed: int) -> None:
+        # Imported here, for it takes a second; and it warns that there is no jax, which nothing here needs.
+        logging.getLogger("absl").addFilter(lambda record: "jax" not in record.getMessage())
+        from grain.experimental import index_shuffle
+
+        self.source, self.seed, self.length, self.shuffle = source, seed, len(source), index_shuffle
+
+    def __getitem__(self, number: int) -> Any:
+        epoch, place = divmod(number, self.length)
+        return self.source[self.shuffle(place, self.length - 1, (self.seed + epoch) % 2**32, 4)]
 
 
-def mixed(sources: Mapping[str, Any], plan: "Plan") -> "grain.MapDataset[Any]":
-    """The samples of all sources, each in its own `order`, in the turns that the plan gives them."""
-    schedule = plan.schedule
-    orders = [order(sources[name], plan.seed_of(name)) for name in schedule.names]
-    return _grain().MapDataset.select_from_datasets(orders, schedule)
+class Mixed:
+    """The samples of all sources, each in its own `Order`, in the turns that the plan gives them."""
+
+    def __init__(self, sources: Mapping[str, Any], plan: "Plan") -> None:
+        self.schedule = plan.schedule
+        self.orders = [Order(sources[name], plan.seed_of(name)) for name in self.schedule.names]
+
+    def __getitem__(self, number: int) -> Any:
+        source, place = self.schedule[number]
+        return self.orders[source][place]
 
 
-def _grain() -> Any:
-    # Imported here, for it takes a second; and it warns that there is no jax, which nothing here needs.
-    logging.getLogger("absl").addFilter(lambda record: "jax" not in record.getMessage())
-    import grain
+@runtime_checkable
+class Samples(Protocol):
+    """An endless sequence."""
 
-    return grain
+    def __getitem__(self, number: int, /) -> Any:
+        """The sample of this number."""
+        raise NotImplementedError
 
 
-def share(samples: "grain.MapDataset[Any]", start: int, count: int, rank: int, world: int) -> list[Any]:
+def share(samples: Samples, start: int, count: int, rank: int, world: int) -> list[Any]:
     """What `rank` of `world` reads in the step that takes `count` samples, the first of them number `start`.
 
     Example: share(samples, start=8, count=4, rank=1, world=2) -> [samples[10], samples[11]]

@@ -11,7 +11,6 @@ The turns repeat with a period, so sample number 10^12 costs what number 0 does.
 """
 
 import heapq
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -88,7 +87,7 @@ class Curriculum(Mixture):
 def turns(weights: Sequence[int]) -> NDArray[np.uint16]:
     """Whose turn it is at each place of one period, for whole weights that sum to the period.
 
-    Example: turns([3, 1]) -> [0, 0, 1, 0]
+    Example: turns([3, 1]) -> [0, 0, 0, 1]
     """
     period = sum(weights)
     coming = [(0, source) for source in range(len(weights))]  # the place from which its next sample may stand
@@ -167,10 +166,7 @@ class Turns:
 
 
 class Schedule:
-    """The turns of all phases: sample number -> (which source, which of its samples).
-
-    grain asks it as a selection map.
-    """
+    """The turns of all phases: sample number -> (which source, which of its samples)."""
 
     def __init__(self, phases: Sequence[Turns], offsets: Mapping[str, int]) -> None:
         """`offsets`: how far ahead of its turns a source stands, such as one that was read before."""
@@ -188,9 +184,6 @@ class Schedule:
             [(self.names.index(name), begun[name]) for name in phase.weights]
             for phase, begun in zip(self.phases, self.begun, strict=True)
         ]
-
-    def __len__(self) -> int:
-        return sys.maxsize
 
     def __getitem__(self, sample: int) -> tuple[int, int]:
         phase = self._phase(sample)

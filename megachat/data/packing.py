@@ -14,6 +14,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ class Packing:
 
     rows: NDArray[np.int64]
     """Where each row begins in `pieces`, and at the end how many pieces there are."""
-    pieces: NDArray[np.void]
+    pieces: NDArray[Any]
     """Of dtype `PIECE`, row by row."""
 
     def save(self, folder: Path) -> None:
@@ -85,7 +86,7 @@ def pack(documents: NDArray[np.int64], length: int) -> Packing:
     return Packing(np.concatenate(rows), np.concatenate(pieces))
 
 
-def cut(documents: NDArray[np.int64], length: int) -> NDArray[np.void]:
+def cut(documents: NDArray[np.int64], length: int) -> NDArray[Any]:
     """Documents as pieces of at most `length` + 1 tokens; one of a single token predicts nothing: no piece.
 
     Example: documents of 4 and 7 tokens, length 3 -> pieces (0, 4), and (4, 4), (7, 4): one token is shared.

@@ -163,7 +163,8 @@ class Shard:
         if binary.stat().st_size != expected:
             raise ValueError(f"{binary} holds {binary.stat().st_size} bytes, its index {expected}{again}")
         self.documents = starts[firsts]
-        self.tokens = np.memmap(binary, KINDS[kind], mode="r") if expected else np.empty(0, KINDS[kind])
+        # asarray: a slice of a memmap is another memmap, which takes longer to make than to read.
+        self.tokens = np.asarray(np.memmap(binary, KINDS[kind], mode="r") if expected else [], KINDS[kind])
         if self.documents[0] or self.documents[-1] != len(self.tokens):
             raise ValueError(f"{index} has documents that do not cover its tokens{again}")
 

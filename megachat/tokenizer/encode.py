@@ -186,16 +186,16 @@ def file_name(source: str) -> str:
 def encoded(texts: Sequence[Path], task: Task, processes: int) -> Iterator[Part]:
     """Encodes each file of text; the parts come in order."""
     if processes == 1:
-        _start(task)
-        yield from map(_encode, texts)
+        start(task)
+        yield from map(encode_file, texts)
         return
     # spawn: a forked child inherits locks that threads of the parent held, and nobody to release them.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, _start, (task,)) as pool:
+    with ProcessPoolExecutor(processes, spawn, start, (task,)) as pool:
         waiting: deque[Future[Part]] = deque()
         try:
             for text in texts:
-                waiting.append(pool.submit(_encode, text))
+                waiting.append(pool.submit(encode_file, text))
                 if len(waiting) > 2 * processes:  # enough to keep all busy; parts need room on disk
                     yield waiting.popleft().result()
             while waiting:
@@ -206,7 +206,8 @@ def encoded(texts: Sequence[Path], task: Task, processes: int) -> Iterator[Part]
             pool.shutdown(cancel_futures=True)
 
 
-def _start(task: Task) -> None:
+def start(task: Task) -> None:
+    """Makes a process ready to encode files."""
     global _task, _tokenizer, _encoder
     _task = task
     _tokenizer = Tokenizer.load(task.tokenizer)
@@ -219,7 +220,7 @@ _encoder: Encoder
 """Of this process: made once, not for every file."""
 
 
-def _encode(text: Path) -> Part:
+def encode_file(text: Path) -> Part:
     """Encodes one file of text to shards of its own."""
     plain = SentencePiece(_tokenizer)
     mistake = "" if _task.encoder == "sentencepiece" else compare(_encoder, plain, text, _task.compared)

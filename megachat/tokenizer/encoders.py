@@ -5,7 +5,7 @@ its ids are ours only as far as they have been compared: `encode` compares some 
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,6 @@ Name = Literal["sentencepiece", "gigatoken"]
 
 Ids = tuple[NDArray[np.int32], NDArray[np.int64]]
 """The ids of several texts one after the other, and how many each has."""
-
-
-class Encoder(Protocol):
-    """Texts to ids."""
-
-    def encode(self, texts: Sequence[str]) -> Ids:
-        """The ids of each text, between `bos` and `eos`."""
-        raise NotImplementedError
 
 
 class SentencePiece:
@@ -79,6 +71,9 @@ class Gigatoken:
         between[ends - lengths] = between[ends - 1] = False
         ids[between] = inside[offsets[0] : offsets[-1]]
         return ids, lengths
+
+
+Encoder = SentencePiece | Gigatoken
 
 
 def encoder(name: Name, tokenizer: Tokenizer) -> Encoder:

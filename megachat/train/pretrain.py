@@ -9,14 +9,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from megachat.data.loader import WHOLE, OnChange, Plan, TokenWindows, Window, ahead, mixed, share
+from megachat.data.loader import WHOLE, Mixed, OnChange, Plan, TokenWindows, Window, ahead, share
 from megachat.data.mixture import Mixture
 from megachat.data.packing import PackedRows, Packing, losses, pack
 from megachat.data.shards import Shards, read_split
@@ -27,9 +27,6 @@ from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
 from megachat.train.loop import Batch, Losses, Running, Task, parts
 from megachat.train.losses import cross_entropy
-
-if TYPE_CHECKING:
-    import grain
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Tokens(Batch):
 class Corpus:
     """What pretraining reads."""
 
-    order: "grain.MapDataset[Window]"
+    order: Mixed
     """The training samples, mixed, shuffled and endless."""
     validation: TokenWindows
     """The windows that are only measured."""
@@ -115,7 +112,7 @@ class Pretrain(Task):
         plan = plan.continued(run.progress.data, run.progress.samples, self.on_changed_data)
         run.progress.data = plan.state()
         sources = {name: self._rows(name, shards[name], run) for name in shards if name in used}
-        run.data = Corpus(mixed(sources, plan), TokenWindows(validation, self.context))
+        run.data = Corpus(Mixed(sources, plan), TokenWindows(validation, self.context))
         rows = sum(len(source) for source in sources.values())
         tokens = self.tokens if self.tokens is not None else int((self.epochs or 0.0) * rows * self.context)
         return max(1, tokens // (self.batch * self.context))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megachat.data import shards
 from megachat.data.shards import Shard, ShardWriter
 
 
@@ -13,6 +14,41 @@ def write(prefix: Path, documents: list[list[int]], vocab: int = 300) -> None:
     with ShardWriter(prefix, vocab) as writer:
         for tokens in documents:
             writer.add(tokens)
+
+
+# What megatron-core 0.16.1 wrote; per kind of ids, with docs = [[1, 258, 3], [7]] or [[1, 70000, 3], [7]]:
+#   builder = IndexedDatasetBuilder("x.bin", dtype=numpy.uint16 or numpy.int32)
+#   for doc in docs: builder.add_document(torch.tensor(doc), [len(doc)])
+#   builder.finalize("x.idx")
+COUNTS = "02000000000000000300000000000000" + "0300000001000000"  # sequences, bounds; lengths
+BOUNDS = "000000000000000001000000000000000200000000000000"
+MEGATRON = {
+    300: (
+        "0100020103000700",
+        "4d4d49444944580000"
+        + "0100000000000000"
+        + "08"
+        + COUNTS
+        + "00000000000000000600000000000000"
+        + BOUNDS,
+    ),
+    70_001: (
+        "01000000701101000300000007000000",
+        "4d4d49444944580000"
+        + "0100000000000000"
+        + "04"
+        + COUNTS
+        + "00000000000000000c00000000000000"
+        + BOUNDS,
+    ),
+}
+
+
+@pytest.mark.parametrize(("vocab", "second"), [(300, 258), (70_001, 70_000)])
+def test_a_shard_is_to_the_byte_what_megatron_core_writes(tmp_path: Path, vocab: int, second: int) -> None:
+    write(tmp_path / "x", [[1, second, 3], [7]], vocab)
+    written = tuple((tmp_path / f"x.{kind}").read_bytes().hex() for kind in ("bin", "idx"))
+    assert written == MEGATRON[vocab]
 
 
 def test_two_documents_have_the_bytes_of_megatrons_format(tmp_path: Path) -> None:
@@ -47,6 +83,45 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert shard.documents.tolist() == [0, 2, 3, 6]
     assert shard.documents.dtype == np.int64
     assert shard.tokens.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mask_stands_beside_and_is_read_with_its_tokens(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "chat", 300, masked=True) as writer:
+        writer.add([5, 6, 7], [0, 1, 1])
+        writer.add([8], [0])
+    assert (tmp_path / "chat.mask.bin").read_bytes() == bytes([0, 1, 1, 0])
+    mask = Shard(tmp_path / "chat").mask
+    assert mask is not None
+    assert mask.tolist() == [0, 1, 1, 0]
+    (tmp_path / "chat.mask.bin").write_bytes(bytes(3))
+    with pytest.raises(ValueError, match=r"chat\.mask\.bin holds 3 bytes for 4 tokens"):
+        _ = Shard(tmp_path / "chat").mask
+    write(tmp_path / "text", [[1]])
+    assert Shard(tmp_path / "text").mask is None
+
+
+@pytest.mark.parametrize("mask", [None, [0, 1], [0, 1, 2]])
+def test_a_mask_that_does_not_fit_its_tokens_is_our_mistake(tmp_path: Path, mask: list[int] | None) -> None:
+    with pytest.raises(AssertionError), ShardWriter(tmp_path / "x", 300, masked=True) as writer:
+        writer.add([1, 2, 3], mask)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_a_shard_put_together_from_parts_is_the_one_written_at_once(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "CHUNK", chunk)
+    documents = [[1, 2], [3], [4, 5, 6, 7, 8], [9], [10, 11]]
+    write(tmp_path / "whole", documents)
+    write(tmp_path / "a", documents[:3])
+    write(tmp_path / "none", [])
+    write(tmp_path / "b", documents[3:])
+    with ShardWriter(tmp_path / "joined", 300) as writer:
+        for name in ("a", "none", "b"):
+            writer.append(Shard(tmp_path / name))
+    for kind in ("bin", "idx"):
+        assert (tmp_path / f"joined.{kind}").read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
 
 
 def test_a_shard_may_hold_nothing(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 
 from megachat.config import compose, decode
 from megachat.data.document import Document, write_documents
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
-from megachat.tokenizer.train import LINE, lines, measure, sample, train
+from megachat.tokenizer.train import LINE, Smallest, balanced, budgets, lines, measure, sample, train
 from tests.tiny_model import finish
 
 DOCUMENTS = [Document(f"d{i}", f"{i:04}" * 25, "test") for i in range(100)]  # of 100 bytes each
@@ -34,6 +35,50 @@ def test_the_last_document_of_a_sample_is_cut_between_characters():
     documents = [Document(name, "中" * 100, "test") for name in "ab"]
     first, last = sample(documents, 400, seed=0)
     assert (len(first.text), last.text) == (100, "中" * 33)  # 300 bytes, and 33 * 3 = 99 of the 100 left
+
+
+def of(language: str, count: int) -> list[Document]:
+    """Documents of 100 bytes each."""
+    return [Document(f"{language}{i}", f"{i:04}" * 25, "test", language) for i in range(count)]
+
+
+def test_budgets_by_hand():
+    # Square roots 30 and 10 share 400 as 300 and 100, and 100 as 75 and 25.
+    assert budgets({"en": 900, "zh": 100}, 400, alpha=0.5) == {"en": 300, "zh": 100}
+    assert budgets({"en": 900, "zh": 100}, 100, alpha=0.5) == {"en": 75, "zh": 25}
+    assert budgets({"en": 900, "zh": 100}, 100, alpha=1.0) == {"en": 90, "zh": 10}
+    # zh would get 250 and has 100: what it leaves goes to the others.
+    assert budgets({"en": 900, "zh": 100, "code": 900}, 750, alpha=0.0) == {"en": 325, "zh": 100, "code": 325}
+    assert budgets({"en": 900, "zh": 100}, 1000, alpha=0.3) == {"en": 900, "zh": 100}
+
+
+def test_a_small_language_gets_its_share_and_the_order_does_not_matter():
+    corpus = of("en", 900) + of("zh", 100)
+    chosen = balanced(corpus, 40_000, 0.5, seed=0)
+    assert Counter(one.language for one in chosen) == {"en": 300, "zh": 100}
+    assert balanced(random.Random(0).sample(corpus, 1000), 40_000, 0.5, seed=0) == chosen
+    english = sample(corpus[:900], 30_000, seed=0)
+    assert [one for one in chosen if one.language == "en"] == english  # the smallest hashes, as everywhere
+
+
+def test_a_corpus_that_fits_is_taken_whole_whatever_the_weighting():
+    corpus = of("en", 90) + of("zh", 10)
+    everything = sample(corpus, 10_000, seed=0)
+    assert len(everything) == 100
+    assert balanced(corpus, 10_000, 0.3, seed=0) == balanced(corpus, 10_000, 1.0, seed=0) == everything
+
+
+def test_as_in_the_corpus_is_the_sample_that_knows_no_languages():
+    corpus = of("en", 90) + of("zh", 10)
+    assert balanced(corpus, 5000, 1.0, seed=0) == sample(corpus, 5000, seed=0)
+
+
+def test_no_more_than_the_budget_is_held_while_a_corpus_is_read():
+    smallest = Smallest(1000, seed=0)
+    for document in of("en", 500):
+        smallest.offer(document)
+        assert sum(size for *_, size, _ in smallest._heap) < 1000 + 100  # and the document that crosses it
+    assert smallest.seen == 50_000
 
 
 def test_lines_for_the_trainer_are_short_and_lose_nothing():
@@ -104,7 +149,9 @@ def test_the_stage_writes_a_tokenizer_and_what_it_measured(run, texts):
     assert (
         (report["vocab"], report["sha256"]) == (tokenizer.vocab, tokenizer.sha256) == (400, tokenizer.sha256)
     )
-    assert report["sample"] == {"documents": 3, "bytes": sum(len(text.encode()) for text in texts)}
+    spread = [len(text.encode()) for text in texts]
+    by_language = {"code": spread[0] + spread[1], "zh": spread[2]}
+    assert report["sample"] == {"documents": 3, "bytes": sum(spread), "languages": by_language}
     assert report["round_trips"] == 1003
     sizes = [(len(text.encode()), len(tokenizer.encode(text))) for text in texts]
     expected = {"code": sizes[:2], "zh": sizes[2:], "all": sizes}

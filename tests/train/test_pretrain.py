@@ -1,12 +1,21 @@
 """Pretraining on its own: what is measured does not depend on how many ranks measure it."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from megachat.run import perform
+from megachat.config import compose
+from megachat.data.document import Document, read_documents, write_documents
+from megachat.run import Stage, perform
+from megachat.train.pretrain import _collate
 from tests.spawn import on_ranks
+from tests.tiny_model import finish
 from tests.tiny_run import make, pretrain, rows
+
+CPU = torch.device("cpu")
 
 THREE = ["tokens=512", "validation_windows=3"]
 """Two steps, then three windows to measure, which two ranks cannot share evenly."""
@@ -29,3 +38,55 @@ def test_two_ranks_validate_on_the_windows_of_one(tmp_path: Path, zero: int) -> 
     by_two(run=two, inputs=one, zero=zero)
     alone, shared = (rows(run)[-1]["validation/bits_per_byte"] for run in (one, two))
     assert shared == pytest.approx(alone, rel=1e-5)
+
+
+def encoded(run: Path, inputs: Path, more: int = 0) -> Path:
+    """A finished `encode` of the sources `a` and `b`, of which there may be more copies of `b`."""
+    shutil.copytree(inputs / "tokenizer", run / "tokenizer")
+    documents = list(read_documents(inputs / "clean"))
+    some = [Document(one.id, one.text, "ab"[number % 2]) for number, one in enumerate(documents)]
+    again = [Document(f"{one.id}-{copy}", one.text, "b") for copy in range(more) for one in documents[:20]]
+    write_documents(run / "clean", [*some, *again], per_shard=50)
+    finish(run / "clean")
+    perform(Stage.of(compose("encode", [f"run={run}", "validation=0.1", "processes=1"])))
+    return run
+
+
+@on_ranks(1)
+def mixed(run: Path, overrides: list[str]) -> None:
+    phases = "[{tokens: 512, weights: {a: 3, b: 1}}, {tokens: null, weights: {b: 1}}]"
+    settings = ["mixture=curriculum", f"mixture.phases={phases}", "tokens=1024", "schedule=constant"]
+    perform(pretrain(run, *settings, "schedule.warmup=0", "resume=any", *overrides))
+
+
+@pytest.mark.slow
+def test_a_mixture_is_read_alike_in_one_go_and_in_parts_and_changed_data_is_refused(tmp_path: Path) -> None:
+    inputs = encoded(tmp_path / "runs" / "data", make(tmp_path / "runs" / "made"))
+    whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
+    mixed(run=whole, overrides=[f"inputs={inputs}"])
+    for steps, ahead in ((1, 0), (3, 2), (4, 1)):
+        mixed(run=parts, overrides=[f"inputs={inputs}", f"max_steps={steps}", f"prefetch={ahead}"])
+    assert [row["loss"] for row in rows(parts)] == [row["loss"] for row in rows(whole)]
+    assert len(rows(parts)) == 4
+    more = encoded(tmp_path / "runs" / "more", tmp_path / "runs" / "made", more=2)
+    longer = [f"inputs={more}", "max_steps=6", "tokens=1536"]
+    with pytest.raises(pytest.fail.Exception, match="b has changed; go on with on_changed_data=extend"):
+        mixed(run=parts, overrides=longer)
+    mixed(run=parts, overrides=[*longer, "on_changed_data=extend"])
+    assert [row["step"] for row in rows(parts)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_packed_rows_train_and_padding_has_no_label(tmp_path: Path) -> None:
+    run = make(tmp_path / "runs" / "packed")
+    packed(run=run)
+    losses = [row["loss"] for row in rows(run)]
+    assert losses[-1] < losses[0]
+    batch = _collate([{"tokens": np.array([5, 6, 7, 0, 0]), "documents": np.array([0, 0, 0, -1, -1])}], CPU)
+    assert batch.labels.tolist() == [[6, 7, -100, -100]]
+    assert batch.weight == 2
+
+
+@on_ranks(1)
+def packed(run: Path) -> None:
+    perform(pretrain(run, "packing=best_fit"))

@@ -1,0 +1,53 @@
+"""Conversations read back from shards are those that `sft` renders and splits."""
+
+import json
+
+import pytest
+
+from megachat.config import compose, decode
+from megachat.data.conversations import JsonConversations, opening, share
+from megachat.data.shards import Shard, ShardWriter
+from megachat.tokenizer.chat_format import render
+from megachat.tokenizer.encode_chat import rendered
+from megachat.tokenizer.tokenizer import FILE
+from tests.tiny_model import finish
+
+
+def test_what_is_read_back_is_what_sft_computes(run, tokenizer, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(40):
+            said = [("system", "简短。")] * (number % 2) + [
+                ("user", f"What is {number}？"),
+                ("assistant", "A number."),
+            ]
+            said += [("user", "Sure?"), ("assistant", "")] * (number % 3)
+            messages = [{"role": role, "content": content} for role, content in said]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    tokenizer.save(run / "tokenizer" / FILE)
+    finish(run / "tokenizer")
+    settings = ["conversations=json", f"conversations.path={path}", "validation=0.3"]
+    stage = decode(compose("encode_chat", [f"run={run}", *settings]))
+    stage.execute()
+    manifest = json.loads((stage.folder / "manifest.json").read_text())
+    conversations = JsonConversations(path=str(path)).conversations()
+    for split in ("train", "validation"):
+        # As SFT.prepare splits and SFT._packed renders.
+        expected = [
+            render(one, tokenizer)
+            for one in conversations
+            if (share(opening(one)) < 0.3) == (split == "validation")
+        ]
+        assert list(rendered(Shard(stage.folder / split))) == expected
+        entry = manifest["shards"][split]
+        assert entry["documents"] == len(expected) > 3
+        assert entry["tokens"] == sum(len(tokens) for tokens, _ in expected)
+        assert entry["trained"] == sum(sum(mask) for _, mask in expected)
+        assert entry["sha256"].keys() == {"bin", "idx", "mask.bin"}
+
+
+def test_a_shard_of_text_is_no_shard_of_conversations(tmp_path):
+    with ShardWriter(tmp_path / "x", 300) as writer:
+        writer.add([1])
+    with pytest.raises(ValueError, match=r"x\.bin has no mask beside it; `megachat encode_chat`"):
+        next(rendered(Shard(tmp_path / "x")))
