@@ -179,8 +179,9 @@ def external(node: Any) -> list[str]:
             if key in ("path", "paths"):
                 for pattern in value if isinstance(value, list) else [value]:
                     for name in sorted(glob.glob(str(pattern), recursive=True)):
-                        if os.path.isfile(name):
-                            found.append(f"{name} {os.path.getsize(name)} {os.stat(name).st_mtime_ns}")
+                        below = sorted(glob.glob(f"{glob.escape(name)}/**", recursive=True))
+                        for file in filter(os.path.isfile, below if os.path.isdir(name) else [name]):
+                            found.append(f"{file} {os.path.getsize(file)} {os.stat(file).st_mtime_ns}")
             else:
                 found += external(value)
     elif isinstance(node, list):

@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from megachat.data.boilerplate import Boilerplate
-from megachat.data.collect import EXACT, EXAMPLES, NEAR, Collect, Select, Write
+from megachat.data.collect import EXACT, EXAMPLES, HITS, NEAR, Collect, Select, Write
+from megachat.data.contamination import Benchmarks
 from megachat.data.copies import Corpus, Found, hot_buckets, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Executor
@@ -41,6 +42,7 @@ from megachat.data.privacy import Privacy
 from megachat.data.repair import Repair
 from megachat.data.sources import Part, Source
 from megachat.data.steps import Step, carry_out, folder
+from megachat.data.words import Transform
 from megachat.files import replacing, write_json
 from megachat.log import say
 from megachat.run import Stage, external
@@ -77,6 +79,10 @@ class Clean(Stage):
     """What must not be learnt of people, and what is put in its place."""
     filters: dict[str, Filter]
     """The rules a document must pass, in this order."""
+    benchmarks: Benchmarks
+    """What the model will be examined with: documents that have it are removed."""
+    transforms: dict[str, Transform]
+    """What is done to the text in the end, for other models than language models."""
     dedup: Dedup
     """Which documents count as copies."""
     shards: NonNegativeInt
@@ -139,22 +145,27 @@ class Clean(Stage):
         """The steps one by one, each when those before it have been carried out."""
         tree = self.tree
         shards = self._shards()
-        mending = {name: tree[name] for name in ("repair", "language", "boilerplate", "privacy")}
+        mending = {
+            name: tree[name] for name in ("repair", "language", "boilerplate", "privacy", "transforms")
+        }
+        sought = {key: value for key, value in tree["benchmarks"].items() if key != "threshold"}
         measuring = {
             name: [type(filter).__name__, filter.model_dump(include={*filter.measured_by, "applies_to"})]
             for name, filter in self.filters.items()
         }
         at = folder(
-            self.work, "collect", tree["corpus"], external(tree["corpus"]), mending, measuring, len(shards)
+            self.work, "collect", tree["corpus"], mending, measuring, sought, external(tree), len(shards)
         )
         collect = Collect(
             "collect", at, len(shards), self.corpus, shards,
             self.repair, self.language, self.boilerplate, self.privacy, self.filters,
+            self.benchmarks, self.transforms,
         )  # fmt: skip
         yield collect
         sizes = tuple(record["documents"] for record in collect.records)
-        at = folder(self.work, "select", collect.folder.name, tree["filters"])
-        select = Select("select", at, len(shards), collect.folder, self.filters)
+        threshold = self.benchmarks.threshold if self.benchmarks.paths else None
+        at = folder(self.work, "select", collect.folder.name, tree["filters"], threshold)
+        select = Select("select", at, len(shards), collect.folder, self.filters, threshold)
         yield select
         signing = self.dedup.model_dump(include={"words", "characters", "bands", "rows"})
         corpus = Corpus(sizes, collect.folder, folder(self.work, "sign", collect.folder.name, signing))
@@ -163,7 +174,7 @@ class Clean(Stage):
         memory = int(self.memory * 1e9)
         found = yield from search(self.work, corpus, select.folder, self.dedup, memory, fast)
         at = folder(self.work, "filter", select.folder.name, found.exact.name, found.near.name)
-        write = Write("filter", at, len(shards), corpus, select.folder, found, (*self.filters,))
+        write = Write("filter", at, len(shards), corpus, select.folder, found, (*self._rules(),))
         yield write
         return Made(collect, select, write, found, corpus)
 
@@ -209,17 +220,23 @@ class Clean(Stage):
             "clusters": clusters(made.found.settle, made.found, made.corpus),
             "quarantine": quarantine(made.collect.records),
             "hot_buckets": buckets,
+            "contamination": [hit for record in made.collect.records for hit in record["hits"]][:HITS],
             "minhash": SCHEME,
             "unicode": unicodedata.unidata_version,
         }
         write_json(self.folder / "report.json", report)
         say(table(rows))
 
+    def _rules(self) -> dict[str, str]:
+        """What is asked of each document by itself, and why it goes."""
+        rules = {name: rule.reason for name, rule in self.filters.items()}
+        share = f"{self.benchmarks.threshold:.0%} or more of what an item of a benchmark says"
+        return rules | ({"contamination": share} if self.benchmarks.paths else {})
+
     def _reasons(self) -> dict[str, str]:
         """The steps at which documents go, and why."""
-        reasons = {"normalise": EMPTY, **{name: rule.reason for name, rule in self.filters.items()}}
         near = f"{self.dedup.threshold:.0%} or more of the MinHash of an earlier document"
-        return {**reasons, EXACT: SAME} | ({NEAR: near} if self.dedup.near else {})
+        return {"normalise": EMPTY, **self._rules(), EXACT: SAME} | ({NEAR: near} if self.dedup.near else {})
 
     def _check_loss(self, funnel: Funnel) -> None:
         """No source may lose nearly everything as near copies unnoticed."""

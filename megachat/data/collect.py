@@ -5,6 +5,7 @@ writes.
 to know of it. So `select`, which decides, never sees a text: with other bounds nothing is read again.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.data.boilerplate import Boilerplate
+from megachat.data.contamination import Benchmarks, Index
 from megachat.data.copies import Corpus, Found
 from megachat.data.document import Broken, Document, write_shard
 from megachat.data.filters import Filter
@@ -24,6 +26,7 @@ from megachat.data.privacy import Privacy
 from megachat.data.repair import Repair
 from megachat.data.sources import Part, Source
 from megachat.data.steps import Record, Step
+from megachat.data.words import Transform
 from megachat.files import replacing
 
 GROUP = 8 << 20
@@ -31,6 +34,12 @@ GROUP = 8 << 20
 
 EXAMPLES = 5
 """Removed documents of each kind that the report shows."""
+
+HITS = 100
+"""What documents of a shard share with benchmarks that the report shows."""
+
+SHARED = "contamination.share"
+"""The column with the largest share of a benchmark's item."""
 
 QUARANTINE = 20
 """Unreadable records of a shard that the report shows."""
@@ -64,12 +73,21 @@ class Collect(Step):
     boilerplate: Boilerplate
     privacy: Privacy
     filters: Mapping[str, Filter]
+    benchmarks: Benchmarks
+    transforms: Mapping[str, Transform]
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """What the benchmarks ask."""
+        return self.benchmarks.index()
 
     def work(self, task: int) -> Record:
         tally: dict[str, Counter[str]] = {}
         quarantine: list[dict[str, str]] = []
         rules = measured(self.filters)
         names = [column for rule, filter in rules.items() for column in columns(rule, filter)]
+        names += [SHARED] if self.benchmarks.paths else []
+        hits: list[dict[str, Any]] = []
         schema = pa.schema({**SCHEMA, **dict.fromkeys(names, pa.float64())})
         count = 0
         with (
@@ -85,7 +103,7 @@ class Collect(Step):
                         quarantine += [asdict(item)] if len(quarantine) < QUARANTINE else []
                         continue
                     own = tally.setdefault(item.source, Counter())
-                    row = self._row(item, own, rules)
+                    row = self._row(item, own, rules, hits)
                     if row is None:
                         continue
                     count += 1
@@ -96,10 +114,10 @@ class Collect(Step):
                         rows, size = [], 0
             if rows or not count:
                 file.write_table(pa.Table.from_pylist(rows, schema))
-        return {"documents": count, "tally": tally, "quarantine": quarantine}
+        return {"documents": count, "tally": tally, "quarantine": quarantine, "hits": hits}
 
     def _row(
-        self, document: Document, tally: Counter[str], rules: Mapping[str, Filter]
+        self, document: Document, tally: Counter[str], rules: Mapping[str, Filter], hits: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
         """A document mended and measured, or None where nothing of it is left."""
         tally["read"] += 1
@@ -123,7 +141,18 @@ class Collect(Step):
         for rule, filter in rules.items():
             if filter.applies(language):
                 row |= zip(columns(rule, filter), filter.measure(document), strict=True)
-        return row
+        if self.benchmarks.paths:
+            found = self.index.hits(text)
+            row[SHARED] = max((hit.share for hit in found), default=0.0)
+            if found and len(hits) < HITS:
+                hits += [
+                    {"benchmark": hit.benchmark, "item": hit.item, "share": round(hit.share, 3)}
+                    | {"document": document.id, "ngram": hit.text}
+                    for hit in found[:1]
+                ]
+        for transform in self.transforms.values():
+            text = transform.apply(text, language)
+        return row | {"text": text}
 
 
 def measured(filters: Mapping[str, Filter]) -> dict[str, Filter]:
@@ -157,6 +186,8 @@ class Select(Step):
 
     texts: Path
     filters: Mapping[str, Filter]
+    threshold: float | None
+    """The share of a benchmark's item that a document may have; None where no benchmark is looked for."""
 
     def work(self, task: int) -> Record:
         table = pq.read_table(self.texts / f"{task:05}.parquet", columns=self._columns())
@@ -169,6 +200,9 @@ class Select(Step):
             for row in np.flatnonzero(removed == 0):
                 if filter.applies(languages[row]) and not filter.keep(*(column[row] for column in scores)):
                     removed[row] = place
+        if self.threshold is not None:
+            shares = table.column(SHARED).to_numpy()
+            removed[(removed == 0) & (shares >= self.threshold)] = len(self.filters) + 1
         with replacing(self.folder / f"{task:05}.npy") as path, path.open("wb") as file:
             np.save(file, removed, allow_pickle=False)
         tally: dict[str, dict[int, list[int]]] = {}
@@ -180,7 +214,8 @@ class Select(Step):
 
     def _columns(self) -> list[str]:
         scores = [column for name in self.filters for column in self._scores(name)]
-        return ["language", "source", "bytes", *dict.fromkeys(scores)]
+        shared = [] if self.threshold is None else [SHARED]
+        return ["language", "source", "bytes", *dict.fromkeys(scores), *shared]
 
     def _scores(self, name: str) -> list[str]:
         alike = identity(self.filters[name])
