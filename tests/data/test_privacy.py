@@ -40,6 +40,7 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
         "git@github.com:user/repository.git, https://user@host.org/x, root@localhost, user@host",
         "user@example.com, someone@mail.example",  # nobody has these
         "Python 3.11.7.1, v1.2.3.4, section 4.1.2.3, Chrome/90.0.4430.212, x==1.26.4.1, 版本 9.15.222.12",
+        "version 9.15.222.12, v. 9.15.222.12, the release 9.15.222.12",
         "2023-11-12 12:30:45, 12/11/2023, 2023.11.12.10, 2023年11月12日",
         "da39a3ee5e6b4b0d3255bfef95601890afd80709, 0x13812345678, 1.2345678901234567, 3.14159265358979",
         "192.168.0.1, 10.0.0.255, 127.0.0.1, 224.0.0.251, 255.255.255.255, 1.3.6.1.4.1.311.21",
