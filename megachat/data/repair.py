@@ -16,7 +16,7 @@ from megachat.config import Config
 _surrogate = re.compile("[\ud800-\udfff]")
 _control = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 
-# The first byte of a character in UTF-8 is C2 to F4 and is followed by 80 to BF: as Latin-1, cp1250 to cp1257,
+# The first byte of a character in UTF-8 is C2 to F4 and is followed by 80 to BF: as Latin-1, cp1250 to 1257,
 # Mac Roman and cp437 show them. Of 2,605 lines that ftfy mends in eight encodings this finds all but one.
 _mojibake = re.compile(
     "[\xa1-\u017f\u0386-\u03ff\u0401-\u045f\u0490\u0491\u2219\u221a\u2500-\u25a0]"

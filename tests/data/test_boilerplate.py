@@ -7,7 +7,7 @@ from megachat.data.boilerplate import Boilerplate
 
 
 def rules(name: str) -> Boilerplate:
-    decoded: Boilerplate = decode(compose("clean", [f"+boilerplate={name}"])["boilerplate"])
+    decoded: Boilerplate = decode(compose(f"boilerplate/{name}")["boilerplate"])
     return decoded
 
 

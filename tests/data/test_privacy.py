@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from megachat.config import compose, decode
 from megachat.data.privacy import Privacy
 
 MASK = Privacy(email="<E>", identity="<I>", card="<C>", mobile="<M>", phone="<P>", ip="<A>")
@@ -77,3 +78,13 @@ def test_no_text_takes_more_than_linear_time(unit: str) -> None:
     start = time.process_time()
     assert MASK.apply(text) == (text, {})
     assert time.process_time() - start < 5
+
+
+def test_the_choices_in_conf_mask_all_or_nothing() -> None:
+    text = "a@b.org 13812345678 93.184.216.34"
+    assert decode(compose("privacy/none")["privacy"]).apply(text) == (text, {})
+    masked = "<EMAIL> <PHONE_NUMBER> <IP_ADDRESS>"
+    assert decode(compose("privacy/mask")["privacy"]).apply(text) == (
+        masked,
+        {"email": 1, "mobile": 1, "ip": 1},
+    )

@@ -9,7 +9,7 @@ from megachat.data.repair import Repair, normalise, suspicious
 
 
 def repair(**settings: Any) -> Repair:
-    default: Repair = decode(compose("clean", ["+repair=default"])["repair"])
+    default: Repair = decode(compose("repair/default")["repair"])
     return default.model_copy(update=settings)
 
 
