@@ -7,7 +7,7 @@ from megachat.data.boilerplate import Boilerplate
 
 
 def rules(name: str) -> Boilerplate:
-    decoded: Boilerplate = decode(compose("clean", [f"boilerplate={name}"])["boilerplate"])
+    decoded: Boilerplate = decode(compose(f"boilerplate/{name}")["boilerplate"])
     return decoded
 
 
@@ -35,7 +35,7 @@ def test_a_paragraph_about_cookies_stays() -> None:
 
 
 def test_code_is_left_alone() -> None:
-    code = "def menu():\n    Home\n    javascript\n"
+    code = "def menu():\n    Home\n    javascript\n" + "x" * 1001
     assert rules("web").apply(code, "code") == (code, 0)
     assert rules("c4").apply(code, "code") == (code, 0)
 

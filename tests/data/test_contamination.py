@@ -25,7 +25,7 @@ CHINESE = "一个农民有十七只羊，星期一她在市场上卖掉了其中
 
 
 def benchmarks(*paths: Path, **settings: Any) -> Benchmarks:
-    rules: Benchmarks = decode(compose("clean", ["benchmarks=none"])["benchmarks"])
+    rules: Benchmarks = decode(compose("benchmarks/none")["benchmarks"])
     return rules.model_copy(update={"paths": [str(path) for path in paths], **settings})
 
 

@@ -90,5 +90,5 @@ def test_without_the_package_the_script_decides_and_that_is_said_once(
 
 def test_both_choices_in_conf_decode() -> None:
     for name in ("default", "script"):
-        tree = compose("clean", [f"language={name}"])["language"]
+        tree = compose(f"language/{name}")["language"]
         assert decode(tree).identify(CHINESE)[0] == "zh"

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from megachat.config import compose, decode
 from megachat.data.privacy import Privacy
 
 MASK = Privacy(email="<E>", identity="<I>", card="<C>", mobile="<M>", phone="<P>", ip="<A>")
@@ -40,6 +41,7 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
         "git@github.com:user/repository.git, https://user@host.org/x, root@localhost, user@host",
         "user@example.com, someone@mail.example",  # nobody has these
         "Python 3.11.7.1, v1.2.3.4, section 4.1.2.3, Chrome/90.0.4430.212, x==1.26.4.1, 版本 9.15.222.12",
+        "version 9.15.222.12, v. 9.15.222.12, the release 9.15.222.12",
         "2023-11-12 12:30:45, 12/11/2023, 2023.11.12.10, 2023年11月12日",
         "da39a3ee5e6b4b0d3255bfef95601890afd80709, 0x13812345678, 1.2345678901234567, 3.14159265358979",
         "192.168.0.1, 10.0.0.255, 127.0.0.1, 224.0.0.251, 255.255.255.255, 1.3.6.1.4.1.311.21",
@@ -76,3 +78,13 @@ def test_no_text_takes_more_than_linear_time(unit: str) -> None:
     start = time.process_time()
     assert MASK.apply(text) == (text, {})
     assert time.process_time() - start < 5
+
+
+def test_the_choices_in_conf_mask_all_or_nothing() -> None:
+    text = "a@b.org 13812345678 93.184.216.34"
+    assert decode(compose("privacy/none")["privacy"]).apply(text) == (text, {})
+    masked = "<EMAIL> <PHONE_NUMBER> <IP_ADDRESS>"
+    assert decode(compose("privacy/mask")["privacy"]).apply(text) == (
+        masked,
+        {"email": 1, "mobile": 1, "ip": 1},
+    )

@@ -169,6 +169,17 @@ def test_what_is_no_prose_is_removed(text: str, language: str, rule: str) -> Non
     assert rule in removed_by(text, language)
 
 
+@pytest.mark.parametrize("name", ["quality", "repetition", "fineweb", "c4"])
+def test_every_score_has_a_bound(name: str) -> None:
+    rule = WEB[name]
+    good = dict(zip(rule.columns, rule.measure(Document("x", PROSE, "s", "en")), strict=True))
+    assert rule.keep(*good.values())
+    for column, value in good.items():
+        # Each score is bad if it is far too great, or else if it is far too small.
+        far = [rule.keep(*(good | {column: bad}).values()) for bad in (1e9, -1.0)]
+        assert False in far, f"{column} of {value} may be anything"
+
+
 def test_english_bounds_would_remove_all_chinese() -> None:
     document = Document(id="x", text=CHINESE, source="s", language="zh")
     rule = WEB["quality"]

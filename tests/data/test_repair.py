@@ -9,7 +9,7 @@ from megachat.data.repair import Repair, normalise, suspicious
 
 
 def repair(**settings: Any) -> Repair:
-    default: Repair = decode(compose("clean", ["repair=default"])["repair"])
+    default: Repair = decode(compose("repair/default")["repair"])
     return default.model_copy(update=settings)
 
 
@@ -60,6 +60,7 @@ def test_mojibake_is_mended(text: str, encoding: str) -> None:
         "naïve café — Ça va? Größe… Łódź",
         "我们在学习——语言“模型”……",
         "x\n    y = 'Ã '  # a letter by itself",
+        "\u2764\ufe0f\u200d\U0001f525",  # a heart on fire
         "می\u200cخواهم",  # Persian
         "क्\u200dष",  # Hindi
         "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # the flag of England

@@ -9,7 +9,7 @@ from megachat.data.words import Transform, jieba
 
 
 def transforms(name: str) -> dict[str, Transform]:
-    decoded: dict[str, Transform] = decode(compose("clean", [f"transforms={name}"])["transforms"])
+    decoded: dict[str, Transform] = decode(compose(f"transforms/{name}")["transforms"])
     return decoded
 
 
