@@ -59,12 +59,12 @@ def funnel(clean: Facts) -> Html | None:
         numbers = {name: value for name, value in entry.items() if name not in ("step", "source")}
         whole.setdefault(entry["step"], Counter()).update(numbers)
     lost = {name: sum(row.get("documents_removed", 0) for row in rows) for name, rows in sources.items()}
-    rows = []
+    rows, folded = [], []
     for name, of in sorted(sources.items(), key=lambda item: -share(lost[item[0]], first(item[1]))):
-        inner = element("details", element("summary", name), narrowing(of))
         bar = stacked(first(of) - lost[name], lost[name], first(of))
         counted = {"documents_in": first(of), "documents_removed": lost[name]}
-        rows.append([inner, *counts(counted), bar])
+        rows.append([name, *counts(counted), bar])
+        folded.append(element("details", element("summary", name, ", step by step"), narrowing(of)))
     total = [{"step": step, **numbers} for step, numbers in whole.items()]
     return join(
         [
@@ -74,6 +74,7 @@ def funnel(clean: Facts) -> Html | None:
             element("h3", "By source"),
             note("Those that lost the largest share come first."),
             table(["Source", "Documents in", "Removed", "Share", ""], rows, numeric=(1, 2, 3), bars=(4,)),
+            *folded,
         ]
     )
 

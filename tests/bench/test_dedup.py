@@ -59,6 +59,7 @@ def test_a_missing_rival_asked_for_by_name_is_exit_code_3(tmp_path, monkeypatch,
     assert "datatrove         not installed: bash tools/bench/setup.sh datatrove" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["megachat (numpy)", "datasketch"])
 def test_a_run_prints_speed_recall_and_precision(name: str):
     """Of ten copies or so that are much alike, not one is missed, and nothing else is removed."""

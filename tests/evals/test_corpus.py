@@ -11,6 +11,8 @@ from megachat.evals.corpus import LISTED, removals
 
 EVIL = "<script>alert('坏')</script>"
 
+COUNTS = ("documents_in", "documents_removed", "bytes_removed")
+
 WHOLE: dict[str, Any] = {
     "documents": 90,
     "bytes": 1_500_000,
@@ -19,12 +21,12 @@ WHOLE: dict[str, Any] = {
          "bytes_removed": 2000, "examples": ["a short one"]},
     ],
     "funnel": [
-        {"step": step, "source": source, "documents_in": came, "documents_removed": gone, "bytes_removed": size}
-        for step, source, came, gone, size in (
-            ("length", "web", 60, 6, 1500),
-            ("length", "books", 40, 4, 500),
-            ("copies", "web", 54, 24, 9000),
-            ("copies", "books", 36, 0, 0),
+        {"source": source, "step": step} | dict(zip(COUNTS, numbers, strict=True))
+        for source, step, *numbers in (
+            ("web", "length", 60, 6, 1500),
+            ("books", "length", 40, 4, 500),
+            ("web", "copies", 54, 24, 9000),
+            ("books", "copies", 36, 0, 0),
         )
     ],
     "clusters": [
@@ -74,8 +76,9 @@ def test_the_funnel_adds_up_the_sources_and_puts_the_one_that_lost_most_first():
     assert "length 100 10 10.0 % 2.0 kB" in text
     assert "copies 90 24 26.7 % 9.0 kB" in text
     assert text.index("web") < text.index("books")
-    assert "60 30 50.0 %" in text  # of the web: 6 + 24 of 60
-    assert "40 4 10.0 %" in text
+    assert "web 60 30 50.0 %" in text  # of the web: 6 + 24 of 60
+    assert "books 40 4 10.0 %" in text
+    assert "web, step by step" in text
 
 
 def test_a_bar_is_as_wide_as_the_share_of_the_documents_that_came_first():

@@ -35,21 +35,18 @@ def serve(
     """
     job, text, result = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    work: Callable[[Any], Any] = {"removed": removed, "signatures": signatures}[job]
+    given: Callable[[Path], Any] = Path if job == "removed" else texts
     with text.open(encoding="utf-8") as file, tempfile.TemporaryDirectory() as folder:
         few = Path(folder) / "few.jsonl"
         few.write_text("".join(first_of_each_language(file)), encoding="utf-8")
-        if job == "removed":
-            removed(few)
-            argument: Any = text
-        else:
-            signatures(texts(few))
-            argument = texts(text)
+        work(given(few))
+    argument = given(text)
     started = processor_time()
-    answer = removed(argument) if job == "removed" else signatures(argument)
-    seconds = processor_time() - started
-    told = {"seconds": seconds, "peak": peak()}
+    answer = work(argument)
+    told: dict[str, Any] = {"seconds": processor_time() - started, "peak": peak()}
     if job == "removed":
-        told["removed"] = sorted(map(int, answer))  # type: ignore[call-overload]
+        told["removed"] = sorted(map(int, answer))
     result.write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -100,12 +100,13 @@ def main() -> int:
     try:
         texts, truth = corpus(arguments.text, arguments.megabytes * 1e6, arguments.seed)
         with tempfile.TemporaryDirectory(prefix="dedup.") as folder:
-            complete = removals(rivals, texts, truth, Path(folder))
+            if not removals(rivals, texts, truth, Path(folder)) and arguments.only:
+                return 3
             signatures(rivals, texts, arguments.megabytes * 1e6, Path(folder))
     except (ValueError, RuntimeError) as why:
         print(f"dedup.py: {why}", file=sys.stderr)
         return 1
-    return 0 if complete or not arguments.only else 3
+    return 0
 
 
 def corpus(paths: Sequence[Path], limit: float, seed: int) -> tuple[list[str], list[Copy]]:
@@ -164,7 +165,8 @@ def write(path: Path, texts: Sequence[str]) -> float:
 
 def told_by(rival: Rival, job: str, path: Path) -> Result | str:
     """What `Rival.run` returns, with a word on the terminal while it runs."""
-    print(f"\r{job}: {rival.name} ...{'':<20}", end="\r", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{job}: {rival.name} ...{'':<20}", end="\r", file=sys.stderr, flush=True)
     return rival.run(job, path)
 
 

@@ -104,10 +104,10 @@ class Language:
         self.places = np.searchsorted(ends, (np.arange(2**20) * int(ends[-1])) >> 20, side="right")
         # What shingles are made of: words, or the characters of words.
         self.size = WORDS if name == "en" else CHARACTERS
-        units = [[number] if name == "en" else [*map(ord, word)] for number, word in enumerate(words)]
-        self.counts = np.array([len(of) for of in units])
-        self.starts = np.cumsum(self.counts) - self.counts
-        self.units = np.concatenate(units).astype(np.uint64)
+        units = [[number] if name == "en" else [*map(ord, word)] for number, word in enumerate(words, 1)]
+        self.units = np.zeros((len(words), max(map(len, units))), dtype=np.uint64)  # filled up with zeros
+        for row, of in zip(self.units, units, strict=True):
+            row[: len(of)] = of
         lengths = np.array([len((word + ENDINGS[name][PLAIN]).encode()) for word in words])
         self.bytes_per_1000 = 1000 * int(lengths[self.places].sum()) // 2**20 + 300  # 300: punctuation
 
@@ -140,10 +140,8 @@ class Language:
 
     def shingles(self, text: Ids) -> Bits:
         """The distinct shingles, as 64-bit numbers: polynomials in an odd number."""
-        words = text // FORMS
-        counts = self.counts[words]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        units = self.units[np.repeat(self.starts[words], counts) + within]
+        units = self.units[text // FORMS].ravel()
+        units = units[units != 0]
         count = max(len(units) - self.size + 1, 0)
         mixed = np.zeros(count, dtype=np.uint64)
         for offset in range(self.size):

@@ -1,7 +1,8 @@
 """text-dedup's own operations: its `embed_func` and its union-find, without the dataset they usually run on.
 
 Its command line also copies the text into an Arrow cache several times; that is left out, to its advantage.
-Its words are what lies between two characters that are no letters: in Chinese, whole clauses.
+Its words are what lies between two characters that are no letters: in Chinese whole clauses, and in an
+indented line an empty one for each blank.
 """
 
 import json
@@ -20,7 +21,7 @@ logging.disable()
 
 BANDS, ROWS = 14, 8
 WORDS = 5
-# The fastest of the hashes and widths it offers, except for 16 bits, which find copies where there are none.
+# The fastest hash that it offers, but for one of 16 bits. Its default of 64 is slower.
 WIDTH, LARGEST, PRIME = np.uint32, np.uint32(2**32 - 1), np.uint32(2**32 - 5)
 SETTINGS: dict[str, Any] = {
     "num_perm": BANDS * ROWS,
