@@ -1,5 +1,6 @@
 """`tools/show_shard.py` decodes any shard with the tokenizer that wrote it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ TOOL = Path(__file__).parents[1] / "tools" / "show_shard.py"
 
 def show(*arguments: object, status: int = 0) -> str:
     """What the tool prints; of a failure, its message."""
-    done = subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, cwd=TOOL.parents[1]
-    )
+    command = [sys.executable, TOOL, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(TOOL.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if status else done.stdout
