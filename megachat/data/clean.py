@@ -121,9 +121,8 @@ class Clean(Stage):
                 done.append(step)
         except StopIteration as end:
             if self.stage is not None:
-                raise ValueError(
-                    f"stage: there is no step {self.stage!r}; there are {', '.join(step.name for step in done)}"
-                ) from None
+                names = ", ".join(step.name for step in done)
+                raise ValueError(f"stage: there is no step {self.stage!r}; there are {names}") from None
             self._finish(end.value)
 
     def _one(self, step: Step) -> bool:
@@ -131,8 +130,8 @@ class Clean(Stage):
         if step.name != self.stage:
             if missing := step.missing():
                 raise ValueError(
-                    f"stage={self.stage} reads what {step.name} writes, and {len(missing)} of its {step.tasks} tasks "
-                    f"are not done (the first is {missing[0]}); run it first, with stage={step.name}"
+                    f"stage={self.stage} reads what {step.name} writes, and {len(missing)} of its {step.tasks} "
+                    f"tasks are not done (the first is {missing[0]}); run it first, with stage={step.name}"
                 )
             return False
         number, of = map(int, (self.shard or "0/1").split("/"))
@@ -244,8 +243,9 @@ class Clean(Stage):
             lost = row.step == NEAR and row.documents_removed / max(row.documents_in, 1)
             if lost > self.dedup.largest_loss and row.documents_in >= FEW:
                 raise ValueError(
-                    f"{row.documents_removed:,} of the {row.documents_in:,} documents of {source!r} are near copies; "
-                    f"look at them in {self.work}, raise dedup.threshold, or allow it with dedup.largest_loss=1"
+                    f"{row.documents_removed:,} of the {row.documents_in:,} documents of {source!r} are near "
+                    f"copies; look at them in {self.work}, raise dedup.threshold, or allow it with "
+                    "dedup.largest_loss=1"
                 )
 
 

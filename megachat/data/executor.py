@@ -47,8 +47,8 @@ class Local(Executor):
                 yield waiting[done]
         except BrokenProcessPool:
             raise ValueError(
-                "a process was killed, perhaps for want of memory; what is done is kept: run the same command "
-                f"again, with fewer than executor.processes={processes} if it was memory"
+                "a process was killed, perhaps for want of memory; what is done is kept: run the same "
+                f"command again, with fewer than executor.processes={processes} if it was memory"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
 """What a text is compared by: its words and characters, whatever their case, width, accents and punctuation.
 
 `FULL width`, `full width!` and `ｆｕｌｌ　ｗｉｄｔｈ` are the same two words. A table of all code points
-says what each counts as, so that no text is rewritten: lower case, compatibility forms (NFKC) and no accents, as far as one
-character at a time can tell. It serves comparison alone; documents keep their spelling (see `normalise`).
+says what each counts as, so that no text is rewritten: lower case, compatibility forms (NFKC) and no accents,
+as far as one character at a time can tell. It serves comparison alone; documents keep their spelling.
 
 Scripts that put no blanks between words (Chinese, Japanese, Thai and their neighbours) are compared character
 by character. In others accents go, but not the vowel signs of Indic and Semitic scripts, which are marks as
@@ -29,7 +29,8 @@ i."""
 CODES = 0x110000
 ACCENTS = (
     (0x0300, 0x036F), (0x1AB0, 0x1AFF), (0x1DC0, 0x1DFF), (0x20D0, 0x20FF), (0xFE20, 0xFE2F),
-    (0x00AD, 0x00AD), (0x200B, 0x200D), (0x2060, 0x2060), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xE0100, 0xE01EF),
+    (0x00AD, 0x00AD), (0x200B, 0x200D), (0x2060, 0x2060), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF),
+    (0xE0100, 0xE01EF),
 )  # fmt: skip
 """And what cannot be seen: soft hyphens, joiners, variation selectors."""
 UNSPACED = (

@@ -10,6 +10,7 @@ mixed (MurmurHash3's finaliser); the upper 32 bits go into the permutations of `
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ class Signer:
         hashes, alone, owner = _words(texts)
         bounds = np.searchsorted(owner, np.arange(len(texts) + 1))
         shingles = []
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in itertools.pairwise(bounds):
             size = self.characters if 2 * alone[first:last].sum() > last - first else self.words
             shingles.append(_runs(hashes[first:last], size))
         return shingles

@@ -1,5 +1,6 @@
 """The search for copies: what it finds is what datasketch's index finds, however it is cut into tasks."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def found(
 ) -> dict[int, int]:
     """Copies, and what stays in their stead, in a corpus of these texts."""
     bounds = [len(texts) * part // shards for part in range(shards + 1)]
-    for shard, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for shard, (begin, end) in enumerate(itertools.pairwise(bounds)):
         (work / "texts").mkdir(parents=True, exist_ok=True)
         (work / "passed").mkdir(exist_ok=True)
         part = texts[begin:end]

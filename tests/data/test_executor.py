@@ -1,4 +1,4 @@
-"""Who does the tasks: the result is the same, and a killed worker is told of and costs nothing that was done."""
+"""Who does the tasks: the result is the same, and a killed worker costs nothing that was done."""
 
 import os
 import signal

@@ -1,5 +1,6 @@
-"""The join: who shares a key, however many shards and however little memory; and an index of under 300 bytes."""
+"""Who shares a key, however many shards and however little memory; and an index of under 300 bytes."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_neither_memory_nor_ranges_change_the_pairs(memory: int, parts: int) -> 
         {
             pair
             for own in by_key.values()
-            for pair in [*zip(own, own[1:]), *((own[0], other) for other in own[1:])]
+            for pair in [*itertools.pairwise(own), *((own[0], other) for other in own[1:])]
         }
     )
     assert found(keys, memory, parts) == expected
@@ -100,7 +101,8 @@ import resource, numpy as np
 from megachat.data.index import Index
 from megachat.data.join import KEYS, Join
 many = 4_000_000
-keys = np.sort(np.concatenate([np.full(many, 2**40, np.uint64), np.arange(1000, dtype=np.uint64) << np.uint64(50)]))
+single = np.arange(1000, dtype=np.uint64) << np.uint64(50)
+keys = np.sort(np.concatenate([np.full(many, 2**40, np.uint64), single]))
 rows = np.arange(len(keys), dtype=np.uint32)
 np.save("keys.npy", keys); np.save("rows.npy", rows)
 del keys, rows

@@ -10,10 +10,17 @@ from megachat.data.minhash import SCHEME, Signer, Texts, minhash
 
 SIGNER = Signer(words=5, characters=8, permutations=112)
 SAMPLES = [
-    "", "a b c d", "a b c d e", "The quick brown fox jumps over the lazy dog, again and again.",
-    "机器学习是人工智能的一个分支，研究如何从数据中学习。", "ﬁve ｗｉｄｅ Ĳssel ½ ㍿ ㌖ ﷺ", "😀 👩‍👩‍👧 a b c d e",
-    "ภาษาไทยไม่มีการเว้นวรรคระหว่างคำ", "한국어 문장은 띄어쓰기를 한다 그리고 또", "हिन्दी में स्वर चिह्न होते हैं और यह भी",
-]  # fmt: skip
+    "",
+    "a b c d",
+    "a b c d e",
+    "The quick brown fox jumps over the lazy dog, again and again.",
+    "机器学习是人工智能的一个分支，研究如何从数据中学习。",
+    "ﬁve ｗｉｄｅ Ĳssel ½ ㍿ ㌖ ﷺ",
+    "😀 👩‍👩‍👧 a b c d e",
+    "ภาษาไทยไม่มีการเว้นวรรคระหว่างคำ",
+    "한국어 문장은 띄어쓰기를 한다 그리고 또",
+    "हिन्दी में स्वर चिह्न होते हैं और यह भी",
+]
 
 
 @settings(deadline=None, max_examples=50)
