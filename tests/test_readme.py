@@ -15,7 +15,11 @@ from megachat.stages import stages
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "README.zh-CN.md", "slurm/README.md", ".github/CONTRIBUTING.md"]
-SCRIPTS = {"tools/quickstart.sh": ["pipeline", "experiment=quickstart"], "slurm/pretrain.sh": ["pretrain"]}
+SCRIPTS = {
+    "tools/quickstart.sh": ["pipeline", "experiment=quickstart"],
+    "slurm/pretrain.sh": ["pretrain"],
+    "slurm/data.sh": ["clean"],
+}
 """Scripts that run a stage with the overrides they are given."""
 
 

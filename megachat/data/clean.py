@@ -130,8 +130,8 @@ class Clean(Stage):
         if step.name != self.stage:
             if missing := step.missing():
                 raise ValueError(
-                    f"stage={self.stage} reads what {step.name} writes, and {len(missing)} of its {step.tasks} "
-                    f"tasks are not done (the first is {missing[0]}); run it first, with stage={step.name}"
+                    f"stage={self.stage} reads what {step.name} writes, and {len(missing)} of its "
+                    f"{step.tasks} tasks are not done (the first is {missing[0]}); run stage={step.name} first"
                 )
             return False
         number, of = map(int, (self.shard or "0/1").split("/"))

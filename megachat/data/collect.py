@@ -44,8 +44,8 @@ SHARED = "contamination.share"
 QUARANTINE = 20
 """Unreadable records of a shard that the report shows."""
 
-LENGTHS = [0, *(2**power for power in range(6, 25))]
-"""Edges of the histogram of lengths, in characters."""
+LENGTHS = [0, *(2**power for power in range(6, 26))]
+"""Edges of the histogram of lengths, in bytes; what is longer counts in the last."""
 
 KEPT, EXACT, NEAR = "kept", "exact copies", "near copies"
 """What becomes of documents that pass the rules."""
@@ -253,11 +253,11 @@ class Write(Step):
         row = -1
         for group in range(file.num_row_groups):
             table = file.read_row_group(
-                group, columns=["id", "text", "source", "language", "characters", "bytes"]
+                group, columns=["id", "text", "source", "language", "bytes"]
             )
             for entry in table.to_pylist():
                 row += 1
-                characters, size = entry.pop("characters"), entry.pop("bytes")
+                size = entry.pop("bytes")
                 document = Document(**entry)
                 why = next((kind for kind, pairs in copies.items() if row in pairs), KEPT)
                 if removed[row]:
@@ -272,6 +272,6 @@ class Write(Step):
                 count[0] += 1
                 count[1] += size
                 if why == KEPT:
-                    lengths = record["lengths"].setdefault(document.language, [0] * len(LENGTHS))
-                    lengths[int(np.searchsorted(LENGTHS, characters, side="right")) - 1] += 1
+                    lengths = record["lengths"].setdefault(document.language, [0] * (len(LENGTHS) - 1))
+                    lengths[min(int(np.searchsorted(LENGTHS, size, side="right")), len(lengths)) - 1] += 1
                     yield document

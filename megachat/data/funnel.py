@@ -128,7 +128,7 @@ def kept(write: Sequence[Record]) -> dict[str, Any]:
 
 
 def lengths(write: Sequence[Record]) -> dict[str, Any]:
-    """A histogram of characters for each language."""
+    """A histogram of bytes for each language."""
     total: dict[str, Any] = {}
     for record in write:
         for language, counts in record["lengths"].items():

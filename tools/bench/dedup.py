@@ -15,15 +15,14 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of a script, only its own folder is there
 
-from megachat.data import dedup
 from megachat.data.document import read_lines
 from megachat.data.harvest import library_documents
+from megachat.data.jit import available
 from tools.bench.clock import ONE_THREAD
 from tools.bench.make_text import generated
 from tools.bench.planted import Copy, chinese, neighbours, plant
@@ -58,8 +57,8 @@ class Rival:
         python = str(venv / "bin" / "python") if self.environment else sys.executable
         if self.environment and not (venv / "ready").exists():
             return f"bash tools/bench/setup.sh {self.environment}"
-        if self.compiled and not (find_spec("numba") and hasattr(dedup, "removed")):
-            return "pip install 'megachat[data]'"
+        if self.compiled and not available():
+            return "pip install 'megachat[fast]'"
         settings = {"PYTHONPATH": str(ROOT), "COMPILED": str(int(self.compiled)), "TQDM_DISABLE": "1"}
         with tempfile.TemporaryDirectory(prefix="dedup.") as folder:
             result = Path(folder) / "result.json"

@@ -1,43 +1,50 @@
 """megachat itself: with the numba kernel where the environment says COMPILED=1, else with NumPy."""
 
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from megachat.config import compose, decode
-from megachat.data import dedup
+from megachat.data.copies import Corpus, search
+from megachat.data.dedup import Dedup
+from megachat.data.executor import Local
+from megachat.data.minhash import Texts
+from megachat.data.steps import carry_out
 from tools.bench.clock import serve, texts
 
 
 def megachat_removed(path: Path, compiled: bool) -> list[int]:
-    """What megachat removes as a copy, exact or near, with the settings of `conf/dedup/default.yaml`."""
-    if hasattr(dedup, "removed"):
-        found: list[int] = dedup.removed(path, compiled)
-        return found
-    rules, read = settings(compiled), texts(path)
-    exact = dedup.exact_copies(map(dedup.digest, read))
-    signed = [(number, rules.signature(text)) for number, text in enumerate(read) if exact[number] == number]
-    signed = [(number, signature) for number, signature in signed if signature is not None]
-    near = rules.near_copies(np.array([signature for _, signature in signed]))
-    copies = [signed[row][0] for row in np.flatnonzero(near != np.arange(len(near)))]
-    return [*np.flatnonzero(exact != np.arange(len(exact))).tolist(), *copies]
+    """What megachat removes as a copy, exact or near: the steps of `megachat clean`, on files as there."""
+    read = texts(path)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "texts").mkdir()
+        (work / "passed").mkdir()
+        pq.write_table(pa.table({"text": read}), work / "texts" / "00000.parquet", compression="zstd")
+        np.save(work / "passed" / "00000.npy", np.zeros(len(read), dtype=np.uint8))
+        corpus = Corpus((len(read),), work / "texts", work / "index")
+        steps = search(work, corpus, work / "passed", settings(), 1 << 30, compiled)
+        while True:
+            try:
+                carry_out(next(steps), Local(processes=1))
+            except StopIteration as end:
+                exact, near = end.value.of(corpus, 0)
+                return [*exact[0].tolist(), *near[0].tolist()]
 
 
 def megachat_signatures(read: list[str], compiled: bool) -> object:
     """The MinHash of each text."""
-    if hasattr(dedup, "signatures"):
-        found: object = dedup.signatures(read, compiled)
-        return found
-    return list(map(settings(compiled).signature, read))
+    return settings().signer.sign(Texts.of(read), compiled)
 
 
-def settings(compiled: bool) -> dedup.Dedup:
+def settings() -> Dedup:
     """The default settings of deduplication."""
-    if compiled:
-        raise ImportError("megachat.data.dedup has no compiled kernel")
-    found: dedup.Dedup = decode(compose("clean")["dedup"])
+    found: Dedup = decode(compose("clean")["dedup"])
     return found
 
 
