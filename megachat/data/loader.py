@@ -179,8 +179,11 @@ class Plan:
         entries = [
             {"samples": phase.tokens and phase.tokens // length, "weights": phase.weights} for phase in phases
         ]
-        made_of = {name: _digest([shards.sums, *how, length, seed]) for name, shards in sources.items()}
-        return cls(seed, made_of, entries or [{"samples": None, "weights": dict.fromkeys(sources, 1.0)}], {})
+        entries = entries or [{"samples": None, "weights": dict.fromkeys(sources, 1.0)}]
+        used = dict.fromkeys(name for entry in entries for name in entry["weights"])
+        return cls(
+            seed, {name: _digest([sources[name].sums, *how, length, seed]) for name in used}, entries, {}
+        )
 
     @cached_property
     def schedule(self) -> Schedule:
