@@ -176,7 +176,7 @@ def external(node: Any) -> list[str]:
     found: list[str] = []
     if isinstance(node, dict):
         for key, value in node.items():
-            if key in ("path", "paths"):
+            if key in ("path", "paths", "against"):
                 for pattern in value if isinstance(value, list) else [value]:
                     for name in sorted(glob.glob(str(pattern), recursive=True)):
                         below = sorted(glob.glob(f"{glob.escape(name)}/**", recursive=True))

@@ -6,13 +6,14 @@ reads, mends and measures the documents, `select` applies the rules, `sign` to `
 number of shards, on who does the tasks, or on how often they were interrupted.
 """
 
+import json
 import os
 import shutil
 import unicodedata
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat
@@ -20,7 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from megachat.data.boilerplate import Boilerplate
 from megachat.data.collect import EXACT, EXAMPLES, HITS, NEAR, Collect, Select, Write
 from megachat.data.contamination import Benchmarks
-from megachat.data.copies import Corpus, Found, hot_buckets, search
+from megachat.data.copies import SIGNING, Corpus, Found, Shards, hot_buckets, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Executor
 from megachat.data.filters import Filter
@@ -85,6 +86,8 @@ class Clean(Stage):
     """What is done to the text in the end, for other models than language models."""
     dedup: Dedup
     """Which documents count as copies."""
+    against: list[Path]
+    """Finished runs whose documents are there already: copies of them go, by what is in their `work`."""
     shards: NonNegativeInt
     """Into how many files the corpus is cut, which is how many can work at it; 0: one per 4 MB, at most
     1,024."""
@@ -131,7 +134,7 @@ class Clean(Stage):
             if missing := step.missing():
                 raise ValueError(
                     f"stage={self.stage} reads what {step.name} writes, and {len(missing)} of its "
-                    f"{step.tasks} tasks are not done (the first is {missing[0]}); run stage={step.name} first"
+                    f"{step.tasks} tasks are not done (first {missing[0]}); run stage={step.name} before it"
                 )
             return False
         number, of = map(int, (self.shard or "0/1").split("/"))
@@ -166,14 +169,16 @@ class Clean(Stage):
         at = folder(self.work, "select", collect.folder.name, tree["filters"], threshold)
         select = Select("select", at, len(shards), collect.folder, self.filters, threshold)
         yield select
-        signing = self.dedup.model_dump(include={"words", "characters", "bands", "rows"})
-        corpus = Corpus(sizes, collect.folder, folder(self.work, "sign", collect.folder.name, signing))
+        signing = self.dedup.model_dump(include=SIGNING)
+        index = folder(self.work, "sign", collect.folder.name, signing)
+        own = Shards(sizes, collect.folder, index, select.folder)
+        corpus = Corpus(own, tuple(earlier(run, signing) for run in self.against))
         amount = sum(path.stat().st_size for path in collect.folder.glob("*.parquet"))
         fast = available() and amount > COMPILE
         memory = int(self.memory * 1e9)
-        found = yield from search(self.work, corpus, select.folder, self.dedup, memory, fast)
+        found = yield from search(self.work, corpus, self.dedup, memory, fast)
         at = folder(self.work, "filter", select.folder.name, found.exact.name, found.near.name)
-        write = Write("filter", at, len(shards), corpus, select.folder, found, (*self._rules(),))
+        write = Write("filter", at, len(shards), corpus, found, (*self._rules(),))
         yield write
         return Made(collect, select, write, found, corpus)
 
@@ -224,6 +229,9 @@ class Clean(Stage):
             "unicode": unicodedata.unidata_version,
         }
         write_json(self.folder / "report.json", report)
+        own, signing = made.corpus.own, self.dedup.model_dump(include=SIGNING)
+        folders = {"texts": own.texts.name, "indices": own.indices.name, "marks": made.write.folder.name}
+        write_json(self.folder / "index.json", {"signing": signing, "sizes": own.sizes, **folders})
         say(table(rows))
 
     def _rules(self) -> dict[str, str]:
@@ -258,6 +266,24 @@ class Made:
     write: Step
     found: Found
     corpus: Corpus
+
+
+def earlier(run: Path, signing: dict[str, Any]) -> Shards:
+    """The documents that an earlier run kept, with their index."""
+    path = run / "clean" / "index.json"
+    if not path.is_file():
+        raise ValueError(f"against: {path} is missing; name a run in which `megachat clean` has finished")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if known["signing"] != signing:
+        raise ValueError(
+            f"against: {run} was signed with {known['signing']}, this run is with {signing}; set them alike"
+        )
+    texts, indices, marks = (
+        (run / "work" / known[name]).absolute() for name in ("texts", "indices", "marks")
+    )
+    if gone := [folder for folder in (texts, indices, marks) if not folder.is_dir()]:
+        raise ValueError(f"against: {gone[0]} is gone; run `megachat clean` of {run} again")
+    return Shards(tuple(known["sizes"]), texts, indices, marks)
 
 
 def link(old: Path, new: Path) -> None:

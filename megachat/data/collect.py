@@ -228,7 +228,6 @@ class Write(Step):
     """The documents that stay, as text shards; and what there is to tell of those that do not."""
 
     corpus: Corpus
-    passed: Path
     found: Found
     rules: tuple[str, ...]
     """The names of the filters."""
@@ -236,25 +235,27 @@ class Write(Step):
     def work(self, task: int) -> Record:
         record: Record = {KEPT: {}, EXACT: {}, NEAR: {}, "examples": {}, "lengths": {}}
         exact, near = self.found.of(self.corpus, task)
-        first = int(self.corpus.offsets[task])
+        first = int(self.corpus.offsets[self.corpus.before + task])
         copies = {
             kind: dict(zip((pairs[0] - np.uint64(first)).tolist(), pairs[1].tolist(), strict=True))
             for kind, pairs in ((EXACT, exact), (NEAR, near))
         }
-        removed = np.load(self.passed / f"{task:05}.npy", allow_pickle=False)
+        removed = np.load(self.corpus.own.of(task)[2], allow_pickle=False)
         path = self.folder / f"text-{task:05}.jsonl.zst"
         write_shard(path, self._staying(task, removed.tolist(), copies, record))
+        gone = removed.copy()
+        gone[[row for pairs in copies.values() for row in pairs]] = 1
+        with replacing(self.folder / f"{task:05}.npy") as marks, marks.open("wb") as file:
+            np.save(file, gone, allow_pickle=False)
         return record
 
     def _staying(
         self, task: int, removed: list[int], copies: dict[str, dict[int, int]], record: Record
     ) -> Iterator[Document]:
-        file = pq.ParquetFile(self.corpus.texts / f"{task:05}.parquet")
+        file = pq.ParquetFile(self.corpus.own.of(task)[0])
         row = -1
         for group in range(file.num_row_groups):
-            table = file.read_row_group(
-                group, columns=["id", "text", "source", "language", "bytes"]
-            )
+            table = file.read_row_group(group, columns=["id", "text", "source", "language", "bytes"])
             for entry in table.to_pylist():
                 row += 1
                 size = entry.pop("bytes")

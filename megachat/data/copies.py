@@ -24,6 +24,9 @@ from megachat.data.minhash import Texts
 from megachat.data.steps import Record, Step, folder
 from megachat.files import replacing
 
+SIGNING = {"words", "characters", "bands", "rows"}
+"""The settings that an index depends on."""
+
 CLUSTERS = 20
 """How many of the largest clusters are reported."""
 
@@ -32,28 +35,59 @@ SPILL = 16
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents in shards, by their numbers."""
+class Shards:
+    """Documents in files that are numbered alike."""
 
     sizes: tuple[int, ...]
-    """Documents in each shard."""
+    """Documents in each."""
     texts: Path
-    """Where the shards are, as Parquet."""
+    """Where they are, as Parquet."""
     indices: Path
     """Where their indices are."""
+    marks: Path
+    """Where a byte for each document says, by 0, that it takes part."""
+
+    def of(self, shard: int) -> tuple[Path, Path, Path]:
+        """The file of a shard's texts, its index, and its marks."""
+        name = f"{shard:05}"
+        return self.texts / f"{name}.parquet", self.indices / name, self.marks / f"{name}.npy"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in shards, by their numbers: those of earlier runs, which stay, and then those to look at."""
+
+    own: Shards
+    earlier: tuple[Shards, ...] = ()
+
+    @functools.cached_property
+    def shards(self) -> list[tuple[Path, Path, Path]]:
+        """The files of all shards."""
+        return [some.of(shard) for some in (*self.earlier, self.own) for shard in range(len(some.sizes))]
+
+    @functools.cached_property
+    def before(self) -> int:
+        """How many shards are earlier runs'."""
+        return sum(len(some.sizes) for some in self.earlier)
+
+    @functools.cached_property
+    def first(self) -> int:
+        """The number of the first document to look at."""
+        return int(self.offsets[self.before])
 
     @functools.cached_property
     def offsets(self) -> NDArray[np.uint64]:
         """The number of each shard's first document, and at the end how many there are."""
-        return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.uint64)]).astype(np.uint64)
+        sizes = [size for some in (*self.earlier, self.own) for size in some.sizes]
+        return np.concatenate([[0], np.cumsum(sizes, dtype=np.uint64)]).astype(np.uint64)
 
     @functools.cached_property
     def index(self) -> list[Index]:
         """Of each shard, mapped into memory."""
-        return [Index.read(self.indices / f"{shard:05}") for shard in range(len(self.sizes))]
+        return [Index.read(index) for _, index, _ in self.shards]
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return int(self.offsets[-1])
 
     def gather(self, numbers: Numbers, of_shard: Callable[[int], NDArray[Any]]) -> NDArray[Any]:
         """The rows of arrays, one for each shard, that belong to documents."""
@@ -74,11 +108,21 @@ class Corpus:
 
     def column(self, numbers: Numbers, name: str) -> NDArray[Any]:
         """What a column of the Parquet files says of documents."""
-        return self.gather(numbers, lambda shard: _column(self.texts / f"{shard:05}.parquet", name))
+        return self.gather(numbers, lambda shard: _column(self.shards[shard][0], name))
 
-    def within(self, pairs: NDArray[np.uint64], shard: int) -> NDArray[np.uint64]:
-        """The columns of `pairs` whose first document, by which they are sorted, is of a shard."""
-        begin, end = np.searchsorted(pairs[0], self.offsets[shard : shard + 2])
+    def unmarked(self, numbers: Numbers, marks: Path | None = None) -> NDArray[np.bool_]:
+        """Which documents take part; `marks` has later word of those to look at than their own."""
+
+        def of_shard(shard: int) -> NDArray[Any]:
+            path = self.shards[shard][2]
+            return _load(path if marks is None or shard < self.before else marks / path.name)
+
+        found: NDArray[np.bool_] = self.gather(numbers, of_shard) == 0
+        return found
+
+    def within(self, pairs: NDArray[np.uint64], task: int) -> NDArray[np.uint64]:
+        """The columns of `pairs` whose first document, by which they are sorted, is of a shard to look at."""
+        begin, end = np.searchsorted(pairs[0], self.offsets[self.before + task : self.before + task + 2])
         return pairs[:, begin:end]
 
 
@@ -90,19 +134,20 @@ def _column(path: Path, name: str) -> NDArray[Any]:
 class Sign(Step):
     """An index for each shard."""
 
-    texts: Path
+    shards: Shards
     dedup: Dedup
     fast: bool
     """Whether numba signs; it gives the same signatures."""
 
     def work(self, task: int) -> Record:
-        file = pyarrow.parquet.ParquetFile(self.texts / f"{task:05}.parquet")
+        path, index, _ = self.shards.of(task)
+        file = pyarrow.parquet.ParquetFile(path)
         parts = []
         for group in range(file.num_row_groups):
             texts = arrow_texts(file.read_row_group(group, columns=["text"]).column(0).combine_chunks())
             parts.append((digests(texts), *self.dedup.signer.sign(texts, self.fast)))
         found, signatures, signed = (np.concatenate(column) for column in zip(*parts, strict=True))
-        Index.make(found, signatures, signed, self.dedup.bands).write(self.folder / f"{task:05}")
+        Index.make(found, signatures, signed, self.dedup.bands).write(index)
         return {"documents": len(found), "signed": int(signed.sum())}
 
 
@@ -121,21 +166,14 @@ class Exact(Step):
     """Documents with the digest of an earlier one; a task for each range of keys."""
 
     corpus: Corpus
-    passed: Path
-    """Where a byte for each document of each shard says, by 0, that it takes part."""
     memory: int
 
     def work(self, task: int) -> Record:
-        alive = functools.partial(_none, self.corpus, self.passed)
-        join = Join(self.corpus.offsets[:-1], alive, self.memory, most=0)
+        join = Join(self.corpus.offsets[:-1], self.corpus.unmarked, self.memory, most=0)
         pairs = np.stack(join.exact_copies(self.corpus.index, *_span(task, self.tasks)))
+        pairs = pairs[:, pairs[0] >= self.corpus.first]
         _save(self.folder / f"{task:05}.npy", pairs)
         return {"copies": pairs.shape[1]}
-
-
-def _none(corpus: Corpus, folder: Path, numbers: Numbers) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = corpus.gather(numbers, lambda shard: _load(folder / f"{shard:05}.npy")) == 0
-    return found
 
 
 @dataclass(frozen=True)
@@ -143,16 +181,15 @@ class Alive(Step):
     """Who takes part in the search for near copies: passed the filters, and is no exact copy."""
 
     corpus: Corpus
-    passed: Path
     exact: Path
     ranges: int
     """Tasks of `exact`."""
 
     def work(self, task: int) -> Record:
-        gone = _load(self.passed / f"{task:05}.npy").copy()
+        gone = _load(self.corpus.own.of(task)[2]).copy()
         for part in range(self.ranges):
             copies = self.corpus.within(_load(self.exact / f"{part:05}.npy"), task)[0]
-            gone[copies - self.corpus.offsets[task]] = 1
+            gone[copies - self.corpus.offsets[self.corpus.before + task]] = 1
         _save(self.folder / f"{task:05}.npy", gone)
         return {"alive": int((gone == 0).sum())}
 
@@ -167,11 +204,12 @@ class Candidates(Step):
     memory: int
 
     def work(self, task: int) -> Record:
-        alive = functools.partial(_none, self.corpus, self.alive)
+        alive = functools.partial(self.corpus.unmarked, marks=self.alive)
         join = Join(self.corpus.offsets[:-1], alive, self.memory, self.dedup.largest_bucket)
         band, part = task % self.dedup.bands, task // self.dedup.bands
         span = _span(part, self.tasks // self.dedup.bands)
         pairs = np.stack(join.pairs(self.corpus.index, band, *span))
+        pairs = pairs[:, pairs[1] >= self.corpus.first]
         _save(self.folder / f"{task:05}.npy", pairs)
         return {"pairs": pairs.shape[1], "hot": [[band, hot.documents, hot.example] for hot in join.hot]}
 
@@ -273,7 +311,8 @@ class Settle(Step):
         pairs = np.fromfile(self.pairs / f"{task:05}.pairs", dtype=np.uint64).reshape(-1, 2)
         column = {"first": None, "longest": "characters", "best": self.dedup.score}[self.dedup.keep]
         merit = functools.partial(self.corpus.column, name=column) if column else None
-        found = np.stack(settle(pairs[:, 0], pairs[:, 1], self.corpus.sketches, self.dedup.threshold, merit))
+        sides, first = (pairs[:, 0], pairs[:, 1]), self.corpus.first
+        found = np.stack(settle(*sides, self.corpus.sketches, self.dedup.threshold, merit, first))
         _save(self.folder / f"{task:05}.npy", found)
         heads, sizes = np.unique(found[1], return_counts=True)
         largest = np.lexsort((heads, -sizes))[:CLUSTERS]
@@ -311,25 +350,24 @@ class Found:
         return np.concatenate([copies[0][copies[1] == number][:most] for copies in pairs])[:most]
 
 
-def search(
-    work: Path, corpus: Corpus, passed: Path, dedup: Dedup, memory: int, fast: bool
-) -> Generator[Step, None, Found]:
+def search(work: Path, corpus: Corpus, dedup: Dedup, memory: int, fast: bool) -> Generator[Step, None, Found]:
     """The steps one by one, each when those before it have been carried out; at the end where the copies are.
 
-    `memory` is for a task, in bytes. `passed` has a file for each shard, with 0 for the documents to look at.
+    `memory` is for a task, in bytes.
     """
-    shards = len(corpus.sizes)
-    signing = dedup.model_dump(include={"words", "characters", "bands", "rows"})
-    sign = Sign("sign", corpus.indices, shards, corpus.texts, dedup, fast)
+    shards = len(corpus.own.sizes)
+    earlier = [[str(path) for path in (some.texts, some.marks)] for some in corpus.earlier]
+    signing = dedup.model_dump(include=SIGNING)
+    sign = Sign("sign", corpus.own.indices, shards, corpus.own, dedup, fast)
     yield sign
 
     parts = ranges(len(corpus), RECORD, memory)
-    at = folder(work, "exact", sign.folder.name, passed.name, parts)
-    exact = Exact("exact", at, parts, corpus, passed, memory)
+    at = folder(work, "exact", sign.folder.name, corpus.own.marks.name, earlier, parts)
+    exact = Exact("exact", at, parts, corpus, memory)
     yield exact
     if not dedup.near:
         return Found(exact.folder, parts, exact.folder, 0)
-    alive = Alive("alive", folder(work, "alive", at.name), shards, corpus, passed, exact.folder, parts)
+    alive = Alive("alive", folder(work, "alive", at.name), shards, corpus, exact.folder, parts)
     yield alive
 
     tasks = dedup.bands * parts

@@ -85,12 +85,20 @@ def settle(
     sketches: Callable[[Numbers], Sketches],
     threshold: float,
     merit: Callable[[Numbers], NDArray[np.float64]] | None = None,
+    first: int = 0,
 ) -> tuple[Numbers, Numbers]:
     """Who goes, sorted, and who stays in their stead, from pairs that are alike: whole components of them.
 
     The best of a component stays (the first, or the first with the most `merit`), and those like it go; the
-    rest is looked at again, by itself.
+    rest is looked at again, by itself. Documents below `first` are there already: none of them goes, and
+    whoever is like one of them does.
     """
+    known = left < first
+    old = np.unique(right[known])
+    order = np.lexsort((left[known], right[known]))
+    stays_for_old = left[known][order][np.searchsorted(right[known][order], old)]
+    rest = ~known & ~np.isin(left, old) & ~np.isin(right, old)
+    left, right = left[rest], right[rest]
     members = np.unique(np.concatenate([left, right]))
     if merit is not None:
         members = members[np.lexsort((members, -merit(members)))]  # the best is now the smallest
@@ -112,6 +120,7 @@ def settle(
         undecided = ~settled[one] & ~settled[other]
         one, other = one[undecided], other[undecided]
     gone = np.flatnonzero(stays != np.arange(len(members), dtype=np.uint64))
-    removed, kept = members[gone], members[stays[gone]]
+    removed = np.concatenate([old, members[gone]])
+    kept = np.concatenate([stays_for_old, members[stays[gone]]])
     order = np.argsort(removed)
     return removed[order], kept[order]

@@ -164,7 +164,7 @@ def document(corpus: Corpus, number: int) -> dict[str, str]:
     """The id of a document, its source, and how it begins."""
     shard = int(np.searchsorted(corpus.offsets, np.uint64(number), side="right")) - 1
     row = number - int(corpus.offsets[shard])
-    file = pq.ParquetFile(corpus.texts / f"{shard:05}.parquet")
+    file = pq.ParquetFile(corpus.shards[shard][0])
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         if row < size:

@@ -207,6 +207,28 @@ def test_with_other_bounds_no_text_is_read_again(run: Path) -> None:
     assert len(list((run / "work").glob("select-*"))) == 2
 
 
+def test_copies_of_an_earlier_run_go_and_its_own_documents_stay(run: Path) -> None:
+    old, new = run / "old", run / "new"
+    first = {"mine": [("a", prose(1)), ("a again", prose(1)), ("b", prose(2)), ("short", "the and")]}
+    stage(old, first).execute()
+    second = [
+        ("near a", prose(1).replace("weight", "mass", 1)),
+        ("exactly b", prose(2)),
+        ("c", prose(3)),
+        ("near c", prose(3).replace("weight", "mass", 1)),
+    ]
+    stage(new, {"mine": second}, f"against=[{old}]").execute()
+    assert [name for name, _ in texts(new / "clean")] == ["c"]
+    assert removed(new) == {"exact copies": 1, "near copies": 2}
+    third = [("near near c", prose(3).replace("weight", "mass", 2)), ("d", prose(4)), ("a", prose(1))]
+    stage(run / "third", {"mine": third}, f"against=[{old},{new}]").execute()
+    assert [name for name, _ in texts(run / "third" / "clean")] == ["d"]
+    with pytest.raises(ValueError, match=r"old was signed with .*'words': 5.* this run is with .*'words': 4"):
+        stage(run / "third", {"mine": third}, f"against=[{old}]", "dedup.words=4").execute()
+    with pytest.raises(ValueError, match=r"nowhere/clean/index\.json is missing; name a run in which"):
+        stage(run / "third", {"mine": third}, f"against=[{run / 'nowhere'}]").execute()
+
+
 def test_a_broken_line_far_into_the_corpus_leaves_nothing_behind(run: Path) -> None:
     path = run.parent / "corpus" / "0.jsonl"
     settings = jsonl(path, [prose(n) for n in range(20)])

@@ -12,9 +12,10 @@ import yaml
 from datasketch import MinHash, MinHashLSH
 
 from megachat.config import decode
-from megachat.data.copies import Corpus, search
+from megachat.data.copies import Components, Corpus, Shards, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Executor, Local
+from megachat.data.index import band_keys
 from megachat.data.minhash import Texts
 from megachat.data.steps import carry_out
 from megachat.stages import CONF
@@ -73,8 +74,9 @@ def found(
         columns = {"text": part, "characters": [len(text) for text in part]}
         pq.write_table(pa.table(columns), work / "texts" / f"{shard:05}.parquet", row_group_size=7)
         np.save(work / "passed" / f"{shard:05}.npy", np.zeros(end - begin, dtype=np.uint8))
-    corpus = Corpus(tuple(np.diff(bounds).tolist()), work / "texts", work / "index")
-    steps = search(work, corpus, work / "passed", dedup, memory, fast=False)
+    own = Shards(tuple(np.diff(bounds).tolist()), work / "texts", work / "index", work / "passed")
+    corpus = Corpus(own)
+    steps = search(work, corpus, dedup, memory, fast=False)
     while True:
         try:
             carry_out(next(steps), executor or Local(processes=1))
@@ -136,3 +138,45 @@ def test_a_bucket_too_large_pairs_nobody_and_is_reported(tmp_path: Path) -> None
     assert len(found(texts, tmp_path / "all")) == 39
     few = DEDUP.model_copy(update={"largest_bucket": 20})
     assert len(found(texts, tmp_path / "few", few)) < 39
+
+
+def test_as_many_planted_pairs_are_found_as_theory_says() -> None:
+    rng = random.Random(0)
+    expected, found, variance = 0.0, 0, 0.0
+    for _ in range(600):
+        words = ["".join(rng.choices("abcdefgh", k=4)) for _ in range(300)]
+        other = list(words)
+        for place in rng.sample(range(300), rng.randint(4, 30)):
+            other[place] = "".join(rng.choices("ijklmnop", k=4))
+        one, two = ({*zip(*(text[n:] for n in range(5)), strict=False)} for text in (words, other))
+        similarity = len(one & two) / len(one | two)
+        signatures, _ = DEDUP.signer.sign(Texts.of([" ".join(words), " ".join(other)]), fast=False)
+        keys = band_keys(signatures, 14)
+        found += bool((keys[:, 0] == keys[:, 1]).any())
+        chance = 1 - (1 - similarity**8) ** 14
+        expected += chance
+        variance += chance * (1 - chance)
+    assert 200 < expected < 500
+    assert abs(found - expected) < 3.3 * variance**0.5  # one in a thousand by chance, and the seed is fixed
+
+
+@pytest.mark.parametrize("how", ["memory", "disk", "stars"])
+def test_components_are_the_same_in_memory_on_disk_and_by_stars(how: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    left, right = np.sort(rng.integers(0, 500, (2, 300), dtype=np.uint64), axis=0)
+    (tmp_path / "pairs").mkdir()
+    order = np.argsort(left)
+    np.save(tmp_path / "pairs" / "00000.npy", np.stack([left, right])[:, order])
+    corpus = Corpus(Shards((500,), tmp_path, tmp_path, tmp_path))
+    step = Components("components", tmp_path / how, 1, corpus, tmp_path / "pairs", 1, 4, 1 << 14, how)
+    carry_out(step, Local(processes=1))
+    smallest = connected(500, list(zip(left.tolist(), right.tolist(), strict=True)))
+    dealt: dict[int, int] = {}
+    count = 0
+    for file in range(4):
+        pairs = np.fromfile(tmp_path / how / f"{file:05}.pairs", dtype=np.uint64).reshape(-1, 2)
+        count += len(pairs)
+        for number in {smallest[one] for one in pairs.ravel().tolist()}:
+            assert dealt.setdefault(number, file) == file  # a component is in one file
+    assert count == 300
+    assert len(set(dealt.values())) > 1

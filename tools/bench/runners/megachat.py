@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.config import compose, decode
-from megachat.data.copies import Corpus, search
+from megachat.data.copies import Corpus, Shards, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Local
 from megachat.data.minhash import Texts
@@ -27,8 +27,8 @@ def megachat_removed(path: Path, compiled: bool) -> list[int]:
         (work / "passed").mkdir()
         pq.write_table(pa.table({"text": read}), work / "texts" / "00000.parquet", compression="zstd")
         np.save(work / "passed" / "00000.npy", np.zeros(len(read), dtype=np.uint8))
-        corpus = Corpus((len(read),), work / "texts", work / "index")
-        steps = search(work, corpus, work / "passed", settings(), 1 << 30, compiled)
+        corpus = Corpus(Shards((len(read),), work / "texts", work / "index", work / "passed"))
+        steps = search(work, corpus, settings(), 1 << 30, compiled)
         while True:
             try:
                 carry_out(next(steps), Local(processes=1))
