@@ -180,7 +180,7 @@ class Plan:
             {"samples": phase.tokens and phase.tokens // length, "weights": phase.weights} for phase in phases
         ]
         entries = entries or [{"samples": None, "weights": dict.fromkeys(sources, 1.0)}]
-        used = dict.fromkeys(name for entry in entries for name in entry["weights"])
+        used = dict.fromkeys(name for phase in phases for name in phase.weights) or dict.fromkeys(sources)
         return cls(
             seed, {name: _digest([sources[name].sums, *how, length, seed]) for name in used}, entries, {}
         )

@@ -8,6 +8,8 @@ from megachat.data.harvest import library_document, library_outline
 from megachat.data.sources.base import Part, Source
 
 PARTS = 16
+SIZE = 1_000_000
+"""Bytes of a part, about."""
 
 
 class PythonLibrary(Source):
@@ -17,7 +19,7 @@ class PythonLibrary(Source):
     """The modules' source; the language reference; an API reference made from the docstrings."""
 
     def parts(self) -> list[Part]:
-        return [Part(f"python-{number:02}", size=0) for number in range(PARTS)]
+        return [Part(f"python-{number:02}", size=SIZE) for number in range(PARTS)]
 
     def read(self, part: Part) -> Iterator[Document]:
         outline = [(kind, name) for kind, name in library_outline() if kind in self.include]
