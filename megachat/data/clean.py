@@ -155,9 +155,8 @@ class Clean(Stage):
             name: [type(filter).__name__, filter.model_dump(include={*filter.measured_by, "applies_to"})]
             for name, filter in self.filters.items()
         }
-        at = folder(
-            self.work, "collect", tree["corpus"], mending, measuring, sought, external(tree), len(shards)
-        )
+        read = external([tree["corpus"], tree["benchmarks"]])
+        at = folder(self.work, "collect", tree["corpus"], mending, measuring, sought, read, len(shards))
         collect = Collect(
             "collect", at, len(shards), self.corpus, shards,
             self.repair, self.language, self.boilerplate, self.privacy, self.filters,
