@@ -9,6 +9,7 @@ is done again. A step's folder is named for the hash of all that its result depe
 import functools
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,6 @@ def carry_out(step: Step, executor: Executor, share: tuple[int, int] = (0, 1)) -
     with progress(step.name, len(own), "task", len(own) - len(tasks)) as bar:
         for _ in executor.run(step.perform, tasks):
             bar.update()
+    if not step.missing():
+        for left in step.folder.glob("*.tmp"):  # by tasks that were killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
