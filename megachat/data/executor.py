@@ -39,9 +39,9 @@ class Local(Executor):
                 yield number
             return
         # spawn: the fork of a process with threads (NumPy's, the progress bar's) can hang.
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (task,))
         try:
-            waiting = {pool.submit(task, number): number for number in numbers}
+            waiting = {pool.submit(_do, number): number for number in numbers}
             for done in as_completed(waiting):
                 done.result()
                 yield waiting[done]
@@ -72,13 +72,27 @@ class Ray(Executor):
         ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
         home = os.getcwd()
         remote = ray.remote(num_cpus=self.cores, max_retries=self.retries)(
-            lambda number: _at(home, task, number)
+            lambda task, number: _at(home, task, number)
         )
-        waiting = {remote.remote(number): number for number in numbers}
+        sent = ray.put(task)  # once, not with every number
+        waiting = {remote.remote(sent, number): number for number in numbers}
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
             ray.get(done)
             yield waiting.pop(done)
+
+
+def _begin(task: Task) -> None:
+    global _task
+    _task = task
+
+
+def _do(number: int) -> None:
+    _task(number)
+
+
+_task: Task
+"""Of this process: sent once, not with every number."""
 
 
 def _at(home: str, task: Task, number: int) -> None:
