@@ -14,7 +14,7 @@ declare -A packages=(
         click==8.5.1 click-option-group==0.5.9"
     [tokenizers]="tokenizers==0.23.3"
     [gigatoken]="gigatoken==0.10.0"
-    [megatron-core]="torch==2.13.0 numpy==2.4.6"
+    [megatron-core]="torch==2.13.0 numpy==2.4.6 packaging==26.3"
 )
 declare -A alone=( [text-dedup]="text-dedup==0.4.0" [megatron-core]="megatron-core==0.16.1" )   # without what they ask for
 
