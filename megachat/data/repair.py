@@ -1,7 +1,7 @@
 """Text in one spelling: broken encodings mended, one kind of line end, one Unicode form, nothing invisible.
 
 What is clean stays as it is, byte for byte; what is broken by more than its spelling is left to the filters.
-Mojibake is mended by ftfy (Speer, 2019, https://doi.org/10.5281/zenodo.2591652), which reads 2 MB/s: so it
+Mojibake is mended by ftfy (Speer, 2019, https://doi.org/10.5281/zenodo.2591652), which reads 1 MB/s: so it
 sees only lines that have characters all mojibake has, and that few languages use next to each other.
 """
 

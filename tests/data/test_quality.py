@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megachat.config import compose, decode
@@ -105,6 +105,7 @@ def test_repetition_of_a_and_b() -> None:
     assert repetition(["abc", "de"]) == [6, 0, 0, 0, 0, 0, 0, 0, 0]  # said once
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("a b c dd".split()), max_size=60))
 def test_repetition_is_what_counting_one_by_one_gives(words: list[str]) -> None:
     expected = []
