@@ -58,14 +58,11 @@ class TokenWindows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
         stop = start + self.length + 1
-        documents = self.shards.documents
-        first = int(documents.searchsorted(start, side="right")) - 1
-        last = int(documents.searchsorted(stop - 1, side="right"))
-        edges = documents[first : last + 1].copy()
-        edges[0], edges[-1] = start, stop
+        first, begins = self.shards.within(start, stop)
+        edges = np.concatenate([[start], begins, [stop]])
         return {
             "tokens": self.shards.read(start, stop),
-            "documents": np.repeat(np.arange(first, last), edges[1:] - edges[:-1]),
+            "documents": np.repeat(np.arange(first, first + len(begins) + 1), np.diff(edges)),
         }
 
 

@@ -1,8 +1,8 @@
 """Token ids on disk, as Megatron-LM keeps them: `name.bin` holds ids, `name.idx` says where documents begin.
 
 Megatron, GPT-NeoX and datatrove read and write it too, so token shards can be exchanged with them. Ids are
-uint16 while the vocabulary allows, else int32. A reader maps the file into memory: opening a terabyte costs
-nothing.
+uint16 while the vocabulary allows, else int32. A reader maps both files into memory and reads of them what it
+is asked for: opening a terabyte costs nothing.
 
 The index, little-endian: b"MMIDIDX\\0\\0", version 1 (uint64), kind of ids (uint8), sequences (uint64),
 documents + 1 (uint64), then per sequence its length (int32) and the byte it starts at (int64), then per
@@ -15,9 +15,11 @@ holds, in the order of the corpus.
 """
 
 import json
+import mmap
 import os
 import struct
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -97,19 +99,23 @@ class ShardWriter:
         for ending in self.files:
             with replacing(Path(f"{self.prefix}{ending}")) as path:
                 os.replace(self._temporary(ending), path)
-        with replacing(index) as path:
-            path.write_bytes(self._index())
+        with replacing(index) as path, path.open("wb") as file:
+            file.writelines(self._index())
 
     def _temporary(self, ending: str) -> Path:
         return self.prefix.with_name(f"{self.prefix.name}{ending}.{os.getpid()}.part.tmp")
 
-    def _index(self) -> bytes:
-        lengths = np.concatenate([np.empty(0, "<i4"), *self.lengths]).astype("<i4")
-        count = len(lengths)
-        sizes = lengths.astype("<i8") * np.dtype(KINDS[self.kind]).itemsize
-        pointers = np.concatenate([[0], np.cumsum(sizes)[:-1]])[:count].astype("<i8")
-        header = HEADER.pack(MAGIC, 1, self.kind, count, count + 1)
-        return header + lengths.tobytes() + pointers.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
+    def _index(self) -> Iterator[bytes]:
+        count = sum(map(len, self.lengths))
+        yield HEADER.pack(MAGIC, 1, self.kind, count, count + 1)
+        yield from (lengths.tobytes() for lengths in self.lengths)
+        begin, width = 0, np.dtype(KINDS[self.kind]).itemsize
+        for lengths in self.lengths:
+            ends = begin + np.cumsum(lengths, dtype="<i8") * width
+            yield np.concatenate([[begin], ends[:-1]]).astype("<i8").tobytes() if len(ends) else b""
+            begin = int(ends[-1]) if len(ends) else begin
+        for first in range(0, count + 1, CHUNK):
+            yield np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes()
 
     def discard(self) -> None:
         """Forgets what was added."""
@@ -134,8 +140,6 @@ class Shard:
 
     path: Path
     """The file of the ids."""
-    documents: NDArray[np.int64]
-    """Where each document begins in `tokens`, and at the end how many tokens there are."""
     tokens: NDArray[Any]
     """The ids of all documents, one after the other, mapped into memory."""
 
@@ -146,30 +150,60 @@ class Shard:
             if not path.is_file():
                 raise ValueError(f"{path} is missing; `megachat encode` writes it")
         again = "; run `megachat encode` again, or copy the file again"
-        data = index.read_bytes()
-        if len(data) < HEADER.size or data[: len(MAGIC)] != MAGIC:
-            raise ValueError(f"{index} is not the index of a token shard{again}")
-        _, version, kind, sequences, bounds = HEADER.unpack_from(data)
+        with index.open("rb") as file:
+            header = file.read(HEADER.size)
+            if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+                raise ValueError(f"{index} is not the index of a token shard{again}")
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        _, version, kind, sequences, bounds = HEADER.unpack(header)
         if version != 1 or kind not in KINDS:
             raise ValueError(
                 f"{index} has version {version}, ids of kind {kind}; this reads 1 and {[*KINDS]}"
             )
         if len(data) != HEADER.size + 12 * sequences + 8 * bounds:
             raise ValueError(f"{index} holds {len(data)} bytes, which is not what it says of itself{again}")
-        lengths = np.frombuffer(data, "<i4", sequences, HEADER.size)
-        firsts = np.frombuffer(data, "<i8", bounds, HEADER.size + 12 * sequences)
-        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        expected = int(starts[-1]) * np.dtype(KINDS[kind]).itemsize
+        # Views of Python's, not NumPy's, which would copy all of them to search: nothing here is aligned.
+        lengths, places = data[HEADER.size :][: 4 * sequences].cast("i"), HEADER.size + 4 * sequences
+        self._pointers = data[places : places + 8 * sequences].cast("q")
+        self._firsts = data[places + 8 * sequences :].cast("q")
+        self._width = np.dtype(KINDS[kind]).itemsize
+        expected = self._pointers[-1] + lengths[-1] * self._width if sequences else 0
         if binary.stat().st_size != expected:
             raise ValueError(f"{binary} holds {binary.stat().st_size} bytes, its index {expected}{again}")
-        self.documents = starts[firsts]
         # asarray: a slice of a memmap is another memmap, which takes longer to make than to read.
         self.tokens = np.asarray(np.memmap(binary, KINDS[kind], mode="r") if expected else [], KINDS[kind])
-        if self.documents[0] or self.documents[-1] != len(self.tokens):
+        if not bounds or self._firsts[0] or self._firsts[-1] != sequences or sequences and self._pointers[0]:
             raise ValueError(f"{index} has documents that do not cover its tokens{again}")
 
     def __len__(self) -> int:
-        return len(self.documents) - 1
+        return len(self._firsts) - 1
+
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """Where each document begins in `tokens`, and at the end how many tokens there are: read anew."""
+        return self.starts(0, len(self) + 1)
+
+    def starts(self, first: int, last: int) -> NDArray[np.int64]:
+        """`documents[first:last]`, without reading the others."""
+        firsts = np.frombuffer(self._firsts[first:last], "<i8")
+        ends = np.searchsorted(firsts, len(self._pointers))  # the end of all, and empty documents there
+        begins = np.full(len(firsts), len(self.tokens), np.int64)
+        if ends:
+            low = int(firsts[0])
+            pointers = np.frombuffer(self._pointers[low : int(firsts[ends - 1]) + 1], "<i8")
+            begins[:ends] = pointers[firsts[:ends] - low] // self._width
+        return begins
+
+    def within(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+        """The document that token `start` is of, and where those after it begin that begin before `stop`."""
+        sequence = bisect_right(self._pointers, start * self._width) - 1
+        first = bisect_right(self._firsts, sequence) - 1
+        count = 8
+        while True:
+            begins = self.starts(first + 1, min(first + 1 + count, len(self) + 1))
+            if first + 1 + count > len(self) or begins[-1] >= stop:
+                return first, begins[: np.searchsorted(begins, stop)]
+            count *= 4
 
     @property
     def mask(self) -> NDArray[np.uint8] | None:
@@ -193,20 +227,30 @@ class Shard:
 class Shards:
     """Shards read one after the other, as if they were one."""
 
-    documents: NDArray[np.int64]
-    """Where each document begins, and at the end how many tokens there are."""
-
     def __init__(self, shards: Sequence[Shard]) -> None:
         assert shards, "no shards"
         self.shards = list(shards)
         self.starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
-        if len(shards) == 1:
-            self.documents = shards[0].documents
-        else:
-            parts = [
-                shard.documents[:-1] + start for shard, start in zip(shards, self.starts[:-1], strict=True)
-            ]
-            self.documents = np.concatenate([*parts, self.starts[-1:]])
+        self.before = np.cumsum([0, *map(len, shards)])
+
+    def __len__(self) -> int:
+        return int(self.before[-1])
+
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """Where each document begins, and at the end how many tokens there are: read anew."""
+        starts = zip(self.shards, self.starts[:-1], strict=True)
+        return np.concatenate([*(shard.documents[:-1] + start for shard, start in starts), self.starts[-1:]])
+
+    def within(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+        """The document that token `start` is of, and where those after it begin that begin before `stop`."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        begin, end = self.starts[first : first + 2].tolist()
+        document, begins = self.shards[first].within(start - begin, min(stop, end) - begin)
+        document, begins = document + int(self.before[first]), begins + begin
+        if stop <= end:
+            return document, begins
+        return document, np.concatenate([begins, [end], self.within(end, stop)[1]])
 
     @property
     def size(self) -> int:
