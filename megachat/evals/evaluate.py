@@ -30,6 +30,7 @@ from megachat.model.generate import Sampling
 from megachat.parallel.checkpoint import Loaded, load_model
 from megachat.run import Stage, finished
 from megachat.tokenizer.chat_format import render_answer, render_prompt
+from megachat.tokenizer.encode import check_tokenizer
 
 
 class Evaluate(Stage):
@@ -184,6 +185,7 @@ class Evaluate(Stage):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
         length = self.context or context_of(loaded.model)
+        check_tokenizer(self.source("encode"), loaded.tokenizer)
         source = TokenWindows(Shard(self.source("encode") / "validation"), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes

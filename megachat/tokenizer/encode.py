@@ -5,6 +5,7 @@ adding documents to the corpus moves none from one side to the other. Other proc
 and writes in the corpus's order, so the shards are the same whatever their number.
 """
 
+import json
 import multiprocessing
 import os
 from collections import deque
@@ -149,3 +150,13 @@ def processes_for(folder: Path) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = sum(path.stat().st_size for path in folder.glob(SHARDS))
     return min(cores, 1 + size // PER_PROCESS)
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Refuses shards that another tokenizer made: training on them would go on without complaint."""
+    made_by = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
+    if made_by != tokenizer.sha256:
+        raise ValueError(
+            f"{folder} was encoded with tokenizer {made_by[:12]}, but this run's is {tokenizer.sha256[:12]}; "
+            "run `megachat encode` again"
+        )

@@ -19,6 +19,7 @@ from megachat.evals.bits import spread, token_bits
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
+from megachat.tokenizer.encode import check_tokenizer
 from megachat.train.loop import Batch, Losses, Running, Task, parts
 from megachat.train.losses import cross_entropy
 
@@ -84,8 +85,10 @@ class Pretrain(Task):
 
     def prepare(self, run: Running) -> int:
         """Opens the shards; the budget in whole steps."""
-        source = TokenWindows(Shard(self.input("encode") / "train"), self.context)
-        validation = TokenWindows(Shard(self.input("encode") / "validation"), self.context)
+        folder = self.input("encode")
+        check_tokenizer(folder, run.tokenizer)
+        source = TokenWindows(Shard(folder / "train"), self.context)
+        validation = TokenWindows(Shard(folder / "validation"), self.context)
         run.data = Corpus(order(source, self.seed), validation)
         tokens = (
             self.tokens if self.tokens is not None else int((self.epochs or 0.0) * len(source) * self.context)

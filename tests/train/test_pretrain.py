@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megachat.run import perform
+from megachat.config import compose
+from megachat.run import Stage, perform
 from tests.spawn import on_ranks
 from tests.tiny_run import make, pretrain, rows
 
@@ -29,3 +30,15 @@ def test_two_ranks_validate_on_the_windows_of_one(tmp_path: Path, zero: int) -> 
     by_two(run=two, inputs=one, zero=zero)
     alone, shared = (rows(run)[-1]["validation/bits_per_byte"] for run in (one, two))
     assert shared == pytest.approx(alone, rel=1e-5)
+
+
+@on_ranks(1)
+def refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"encode was encoded with tokenizer .*, but this run's is"):
+        perform(pretrain(run))
+
+
+def test_shards_of_another_tokenizer_are_refused(run: Path) -> None:
+    make(run)
+    perform(Stage.of(compose("tokenizer", [f"run={run}", "vocab=301", "threads=1", "log.wandb=disabled"])))
+    refused(run=run)
