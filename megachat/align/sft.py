@@ -7,7 +7,7 @@ what its tokens cost and its loss is that of its conversations one by one.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat
@@ -17,10 +17,12 @@ from megachat.align.logprobs import token_logps
 from megachat.align.pairs import own
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
-from megachat.data.conversations import Conversation, Conversations, Message, opening, share
+from megachat.data.conversations import Conversations, Encoded, Message, opening, share
+from megachat.data.shards import read_split
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.tokenizer.chat_format import render, render_prompt
+from megachat.tokenizer.encode_chat import Chats
 from megachat.train.loop import Batch, Losses, Running, Task, parts
 from megachat.train.losses import IGNORE
 
@@ -34,13 +36,29 @@ class Said(Batch):
     documents: Int[Tensor, "batch seq"]
 
 
+class Packed(Sequence[list[Rendered]]):
+    """Rows of conversations, each put together when it is asked for."""
+
+    def __init__(self, conversations: Sequence[Rendered], lengths: Sequence[int], task: "SFT", needed: bool):
+        fitting = that_fit(range(len(lengths)), lengths.__getitem__, task.context, "conversations", needed)
+        rows = pack([lengths[item] for item in fitting], task.context)
+        self.conversations, self.rows = conversations, [[fitting[item] for item in row] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        return [self.conversations[item] for item in self.rows[number]]
+
+
 @dataclass
 class Material:
     """What SFT trains on."""
 
-    rows: list[list[Rendered]]
-    """The conversations of each packed row."""
-    held_out: list[list[Rendered]]
+    rows: Packed
+    held_out: Packed
     """Rows that are only measured."""
 
 
@@ -52,37 +70,38 @@ class SFT(Task):
     start: str
     """The stage whose model is trained on."""
     conversations: Conversations
-    """What is imitated."""
+    """What is imitated; `encoded`: what `megachat encode_chat` has written."""
     epochs: PositiveFloat
     """Passes over the conversations."""
     validation: Annotated[float, Field(ge=0, lt=1)]
-    """The share of conversations that is only measured."""
+    """The share of conversations that is only measured; of encoded ones `encode_chat` has kept it apart."""
     question: str
     """What the model is asked when a sample is logged."""
 
     def reads(self) -> list[str]:
-        """The tokenizer and the base model."""
-        return ["tokenizer", self.start]
+        """The tokenizer and the base model, and perhaps the conversations."""
+        return ["tokenizer", self.start, *(["encode_chat"] if isinstance(self.conversations, Encoded) else [])]
 
     def models(self, run: Running) -> dict[str, nn.Module]:
         """The base model."""
         return {"model": language_model(self, self.start, run)}
 
     def prepare(self, run: Running) -> int:
-        """Renders and packs the conversations."""
-        train: list[Conversation] = []
-        held_out: list[Conversation] = []
-        for conversation in self.conversations.conversations():
-            (held_out if share(opening(conversation)) < self.validation else train).append(conversation)
-        run.data = Material(self._packed(train, run, True), self._packed(held_out, run, False))
-        say(f"sft: {len(train):,} conversations in {len(run.data.rows):,} rows of {self.context} tokens")
-        return max(1, round(self.epochs * len(run.data.rows) / self.batch))
-
-    def _packed(self, conversations: list[Conversation], run: Running, needed: bool) -> list[list[Rendered]]:
-        rendered = [render(conversation, run.tokenizer) for conversation in conversations]
-        fitting = that_fit(rendered, lambda one: len(one[0]), self.context, "conversations", needed)
-        rows = pack([len(tokens) for tokens, _ in fitting], self.context)
-        return [[fitting[item] for item in row] for row in rows]
+        """Renders the conversations, or opens the shards of them, and packs them."""
+        if isinstance(self.conversations, Encoded):
+            shards = read_split(self.input("encode_chat"), "train", run.tokenizer.sha256)
+            held_out = read_split(self.input("encode_chat"), "validation", run.tokenizer.sha256)
+            sets = [(chats, chats.lengths) for chats in map(Chats, (*shards.values(), *held_out.values()))]
+        else:
+            both: tuple[list[Rendered], list[Rendered]] = [], []
+            for conversation in self.conversations.conversations():
+                apart = share(opening(conversation)) < self.validation
+                both[apart].append(render(conversation, run.tokenizer))
+            sets = [(part, [len(tokens) for tokens, _ in part]) for part in both]
+        train, measured = (Packed(*part, self, part is sets[0]) for part in sets)
+        run.data = Material(train, measured)
+        say(f"sft: {len(sets[0][0]):,} conversations in {len(train):,} rows of {self.context} tokens")
+        return max(1, round(self.epochs * len(train) / self.batch))
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """This data rank's share of the rows of each step, which do not depend on the number of ranks."""

@@ -109,6 +109,14 @@ class Prompts(Config):
         return self.prompts("held_out")[:count]
 
 
+class Encoded(Conversations):
+    """Those that `megachat encode_chat` has written as shards: for sets that take long to render, or that no
+    rank has room for. They are split into training and validation as they were there."""
+
+    def conversations(self) -> list[Conversation]:
+        raise ValueError("conversations=encoded is what `encode_chat` writes; name those it is to encode")
+
+
 class JsonConversations(Conversations):
     """Conversations from JSON lines: `{"messages": [{"role": ..., "content": ...}, ...]}`."""
 

@@ -173,8 +173,10 @@ class Plan:
                 raise ValueError(
                     f"mixture: a phase of tokens={phase.tokens} is shorter than one sample, {length}"
                 )
+        # By name: equal claims are settled by the order of the weights, which the fingerprint must not depend on.
         entries = [
-            {"samples": phase.tokens and phase.tokens // length, "weights": phase.weights} for phase in phases
+            {"samples": phase.tokens and phase.tokens // length, "weights": dict(sorted(phase.weights.items()))}
+            for phase in phases
         ]
         entries = entries or [{"samples": None, "weights": dict.fromkeys(sources, 1.0)}]
         used = dict.fromkeys(name for phase in phases for name in phase.weights) or dict.fromkeys(sources)
@@ -217,6 +219,11 @@ class Plan:
                 f"the data is not what this run has been reading: {self._differences(before)}; go on with "
                 "on_changed_data=extend (sources that are unchanged go on where they stand), with "
                 "on_changed_data=restart (all are read from their beginning), or bring the old data back"
+            )
+        if on_change == "extend" and before.sources.keys() == self.sources.keys() == {WHOLE}:
+            raise ValueError(
+                "on_changed_data=extend cannot tell what is new, for mixture=all reads the corpus as one source; "
+                "on_changed_data=restart reads all of it from the beginning; mixture=weighted keeps sources apart"
             )
         stood = before.schedule.positions(samples) if on_change == "extend" else {}
         kept = {name: at for name, at in stood.items() if self.sources.get(name) == before.sources[name]}

@@ -274,10 +274,20 @@ class Shards:
         return np.concatenate([found, self.read(start + len(found), stop)])
 
 
-def read_split(folder: Path, split: str) -> dict[str, Shard]:
-    """The shards of a split that `encode` wrote to `folder`, by source, in the corpus's order."""
-    manifest = folder / "manifest.json"
-    entries = json.loads(manifest.read_text(encoding="utf-8")).get("shards") if manifest.is_file() else None
+def read_split(folder: Path, split: str, tokenizer: str | None = None) -> dict[str, Shard]:
+    """The shards of a split that `encode` wrote to `folder`, by source, in the corpus's order.
+
+    `tokenizer`: the sha256 of the one that is to understand them; shards of another are refused.
+    """
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made_by = manifest.get("tokenizer", tokenizer)
+    if tokenizer is not None and made_by != tokenizer:
+        raise ValueError(
+            f"{folder} was encoded with tokenizer {made_by[:12]}, but this run's is {tokenizer[:12]}; run "
+            f"`megachat {folder.name}` again"
+        )
+    entries = manifest.get("shards")
     if entries is None:  # a folder with one shard per split, of no particular source
         return {"": Shard(folder / split)}
     found = {}

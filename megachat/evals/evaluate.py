@@ -184,7 +184,7 @@ class Evaluate(Stage):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
         length = self.context or context_of(loaded.model)
-        shards = read_split(self.source("encode"), "validation")
+        shards = read_split(self.source("encode"), "validation", loaded.tokenizer.sha256)
         source = TokenWindows(Shards(list(shards.values())), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes

@@ -1,15 +1,16 @@
 """STAGE encode_chat: conversations as shards of tokens, each with its mask.
 
 A stage of its own, for conversations change without the text, and the text without conversations: neither is
-encoded again for the other's sake. The split is the one that `sft` makes, the tokens and masks are those that
-it renders.
+encoded again for the other's sake. `sft conversations=encoded` reads them; the split is the one that `sft`
+makes by itself, the tokens and masks are those that it renders.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from megachat.data.conversations import Conversations, opening, share
@@ -64,10 +65,25 @@ class EncodeChat(Stage):
         write_json(self.folder / "manifest.json", about)
 
 
-def rendered(shard: Shard) -> Iterator[tuple[list[int], list[int]]]:
-    """Tokens and mask of each conversation, as `render` made them."""
-    mask = shard.mask
-    if mask is None:
-        raise ValueError(f"{shard.path} has no mask beside it; `megachat encode_chat` writes one with a mask")
-    for start, stop in zip(shard.documents[:-1], shard.documents[1:], strict=True):
-        yield shard.tokens[start:stop].tolist(), mask[start:stop].tolist()
+class Chats(Sequence[tuple[list[int], list[int]]]):
+    """Tokens and mask of each conversation of a shard, as `render` made them, read when they are asked for."""
+
+    def __init__(self, shard: Shard) -> None:
+        mask = shard.mask
+        if mask is None:
+            raise ValueError(
+                f"{shard.path} has no mask beside it; `megachat encode_chat` writes one with a mask"
+            )
+        self.shard, self.mask = shard, mask
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def __getitem__(self, number: Any) -> Any:
+        start, stop = self.shard.starts(number, number + 2).tolist()
+        return self.shard.tokens[start:stop].tolist(), self.mask[start:stop].tolist()
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each has."""
+        return np.diff(self.shard.documents).tolist()

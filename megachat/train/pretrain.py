@@ -99,8 +99,9 @@ class Pretrain(Task):
     def prepare(self, run: Running) -> int:
         """Opens the shards; the budget in whole steps."""
         folder, phases = self.input("encode"), self.mixture.plan()
-        shards = {name: Shards([shard]) for name, shard in read_split(folder, "train").items()}
-        validation = Shards(list(read_split(folder, "validation").values()))
+        train, held_out = (read_split(folder, split, run.tokenizer.sha256) for split in ("train", "validation"))
+        shards = {name: Shards([shard]) for name, shard in train.items()}
+        validation = Shards(list(held_out.values()))
         if phases:
             used = {name for phase in phases for name in phase.weights}
             if unread := [name for name in shards if name not in used]:
@@ -127,7 +128,7 @@ class Pretrain(Task):
             padding, cut = losses(shards.documents, packing, self.context)
             say(
                 f"packing {name}: {len(packing.rows) - 1:,} rows, {padding:.2%} of them padding; "
-                f"{cut:,} of {len(shards.documents) - 1:,} documents are longer than a row and are cut"
+                f"{cut:,} of {len(shards):,} documents are longer than a row and are cut"
             )
             packing.save(folder)
         run.mesh.barrier()

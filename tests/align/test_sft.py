@@ -8,7 +8,9 @@ from torch.testing import assert_close
 
 from megachat.align.rows import padded
 from megachat.align.sft import SFT
+from megachat.config import compose
 from megachat.data.conversations import Conversation, Message
+from megachat.run import Stage, perform
 from megachat.tokenizer.chat_format import render
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import parts
@@ -63,6 +65,18 @@ def test_what_is_measured_is_not_trained_on(inputs: Path, run: Path):
     assert len(train) + len(held_out) == 64
     assert 8 < len(held_out) < 32
     assert not train & held_out
+
+
+def test_encoded_conversations_are_trained_on_like_those_rendered_at_the_start(inputs: Path, run: Path):
+    where = [f"run={run}", f"inputs={inputs}", "log.wandb=disabled"]
+    source = ["conversations=json", f"conversations.path={inputs}/conversations.jsonl", "validation=0.3"]
+    perform(Stage.of(compose("encode_chat", [*where, *source])))
+    encoded = Stage.of(compose("sft", [*where, "conversations=encoded", "question=ab?", *tiny.COMMON]))
+    assert isinstance(encoded, SFT)
+    one, other = tiny.running(tiny.stage("sft", inputs, run, "validation=0.3")), tiny.running(encoded)
+    assert list(other.data.rows) == list(one.data.rows)
+    assert list(other.data.held_out) == list(one.data.held_out) != []
+    assert "encode_chat" in encoded.reads()
 
 
 def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):

@@ -246,6 +246,23 @@ def test_changed_data_goes_on_where_it_is_told(
     assert read(more, again, 240, 3) == after[120:192]
 
 
+def test_the_order_in_which_weights_are_written_changes_nothing(sources: dict[str, Shards]) -> None:
+    one, other = (
+        plan(sources, [Phase(tokens=None, weights=dict.fromkeys(names, 1.0))])
+        for names in (("web", "zh"), ("zh", "web"))
+    )
+    assert one.fingerprint == other.fingerprint
+    assert read(sources, one, 0, 4) == read(sources, other, 0, 4)
+
+
+def test_a_corpus_read_as_one_cannot_be_extended(sources: dict[str, Shards], tmp_path: Path) -> None:
+    one, other = {WHOLE: sources["zh"]}, {WHOLE: changed(sources, tmp_path)["zh"]}
+    state = plan(one, []).state()
+    with pytest.raises(ValueError, match="mixture=all reads the corpus as one source"):
+        plan(other, []).continued(state, 24, "extend")
+    assert plan(other, []).continued(state, 24, "restart").schedule[24] == (0, 0)
+
+
 def test_a_checkpoint_that_remembers_no_data_goes_on(sources: dict[str, Shards]) -> None:
     assert plan(sources).continued({}, 48, "refuse") == plan(sources)
 

@@ -1,6 +1,7 @@
 """Token shards: the bytes are Megatron's, derived here by hand; a damaged shard is refused."""
 
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,32 @@ def test_documents_of_several_sequences_as_megatron_writes_them_are_read(tmp_pat
     bounds = struct.pack("<qqq", 0, 2, 3)  # the first document holds the first two sequences
     (tmp_path / "x.idx").write_bytes(data[:26] + struct.pack("<Q", 3) + data[34 : 34 + 3 * 12] + bounds)
     assert Shard(tmp_path / "x").documents.tolist() == [0, 3, 6]
+
+
+def test_where_documents_begin_is_read_for_any_part(tmp_path: Path) -> None:
+    lengths = [1, 5, 1, 1, 7, 2] * 40  # some windows hold more documents than are read at first
+    write(tmp_path / "x", [[1] * length for length in lengths])
+    shard = Shard(tmp_path / "x")
+    begins = [0, *np.cumsum(lengths).tolist()]
+    assert shard.starts(0, 241).tolist() == begins
+    assert shard.starts(7, 9).tolist() == begins[7:9]
+    for start in range(0, begins[-1], 3):
+        for stop in {start + 1, start + 20, begins[-1]}:
+            first = max(number for number, begin in enumerate(begins[:-1]) if begin <= start)
+            inside = [begin for begin in begins[first + 1 :] if begin < stop]
+            found, edges = shard.within(start, min(stop, begins[-1]))
+            assert (found, edges.tolist()) == (first, [edge for edge in inside if edge < min(stop, begins[-1])])
+
+
+def test_opening_a_shard_and_reading_a_window_holds_none_of_its_index(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "x", 300) as writer:
+        writer.add_many(np.ones(3_000_000, np.int64), np.full(1_000_000, 3))
+    tracemalloc.start()
+    shard = Shard(tmp_path / "x")
+    assert shard.within(1_500_000, 1_500_010)[1].tolist() == [1_500_003, 1_500_006, 1_500_009]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000  # the index takes 20 MB
 
 
 def test_an_error_while_writing_keeps_the_earlier_shard(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from megachat.config import compose, decode
 from megachat.data.conversations import JsonConversations, opening, share
 from megachat.data.shards import Shard, ShardWriter
 from megachat.tokenizer.chat_format import render
-from megachat.tokenizer.encode_chat import rendered
+from megachat.tokenizer.encode_chat import Chats
 from megachat.tokenizer.tokenizer import FILE
 from tests.tiny_model import finish
 
@@ -38,7 +38,7 @@ def test_what_is_read_back_is_what_sft_computes(run, tokenizer, tmp_path):
             for one in conversations
             if (share(opening(one)) < 0.3) == (split == "validation")
         ]
-        assert list(rendered(Shard(stage.folder / split))) == expected
+        assert list(Chats(Shard(stage.folder / split))) == expected
         entry = manifest["shards"][split]
         assert entry["documents"] == len(expected) > 3
         assert entry["tokens"] == sum(len(tokens) for tokens, _ in expected)
@@ -50,4 +50,4 @@ def test_a_shard_of_text_is_no_shard_of_conversations(tmp_path):
     with ShardWriter(tmp_path / "x", 300) as writer:
         writer.add([1])
     with pytest.raises(ValueError, match=r"x\.bin has no mask beside it; `megachat encode_chat`"):
-        next(rendered(Shard(tmp_path / "x")))
+        Chats(Shard(tmp_path / "x"))

@@ -90,3 +90,15 @@ def test_packed_rows_train_and_padding_has_no_label(tmp_path: Path) -> None:
 @on_ranks(1)
 def packed(run: Path) -> None:
     perform(pretrain(run, "packing=best_fit"))
+
+
+@on_ranks(1)
+def refused(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"encode was encoded with tokenizer .*, but this run's is"):
+        perform(pretrain(run))
+
+
+def test_shards_of_another_tokenizer_are_refused(run: Path) -> None:
+    make(run)
+    perform(Stage.of(compose("tokenizer", [f"run={run}", "vocab=301", "threads=1", "log.wandb=disabled"])))
+    refused(run=run)
