@@ -80,7 +80,11 @@ class SFT(Task):
 
     def reads(self) -> list[str]:
         """The tokenizer and the base model, and perhaps the conversations."""
-        return ["tokenizer", self.start, *(["encode_chat"] if isinstance(self.conversations, Encoded) else [])]
+        return [
+            "tokenizer",
+            self.start,
+            *(["encode_chat"] if isinstance(self.conversations, Encoded) else []),
+        ]
 
     def models(self, run: Running) -> dict[str, nn.Module]:
         """The base model."""

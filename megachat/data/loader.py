@@ -173,9 +173,12 @@ class Plan:
                 raise ValueError(
                     f"mixture: a phase of tokens={phase.tokens} is shorter than one sample, {length}"
                 )
-        # By name: equal claims are settled by the order of the weights, which the fingerprint must not depend on.
+        # By name: the order of the weights settles equal claims, and the fingerprint does not know it.
         entries = [
-            {"samples": phase.tokens and phase.tokens // length, "weights": dict(sorted(phase.weights.items()))}
+            {
+                "samples": phase.tokens and phase.tokens // length,
+                "weights": dict(sorted(phase.weights.items())),
+            }
             for phase in phases
         ]
         entries = entries or [{"samples": None, "weights": dict.fromkeys(sources, 1.0)}]
@@ -222,8 +225,9 @@ class Plan:
             )
         if on_change == "extend" and before.sources.keys() == self.sources.keys() == {WHOLE}:
             raise ValueError(
-                "on_changed_data=extend cannot tell what is new, for mixture=all reads the corpus as one source; "
-                "on_changed_data=restart reads all of it from the beginning; mixture=weighted keeps sources apart"
+                "on_changed_data=extend cannot tell what is new, for mixture=all reads all sources as one; "
+                "set on_changed_data=restart to read all of it from the beginning; mixture=weighted keeps "
+                "sources apart"
             )
         stood = before.schedule.positions(samples) if on_change == "extend" else {}
         kept = {name: at for name, at in stood.items() if self.sources.get(name) == before.sources[name]}

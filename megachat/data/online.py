@@ -1,8 +1,8 @@
 """Near copies one document at a time, as a crawler meets them: datasketch's own index, in memory or in Redis.
 
-It asks of a document what `megachat clean` asks, with the same signatures, and takes some 5 kB for each; it is
-for small collections, and for processes that share what they have seen. Two that add the same text at the same
-moment may both be told that it is new. A corpus that lies there is what `megachat clean` is for.
+It asks of a document what `megachat clean` asks, with the same signatures, and takes some 5 kB for each; it
+is for small collections, and for processes that share what they have seen. Two that add the same text at the
+same moment may both be told that it is new. A corpus that lies there is what `megachat clean` is for.
 
     seen = Online(decode(compose("clean")).dedup, redis={"host": "localhost"})
     if (known := seen.add("page-7", text)) is not None:

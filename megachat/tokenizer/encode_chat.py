@@ -66,7 +66,7 @@ class EncodeChat(Stage):
 
 
 class Chats(Sequence[tuple[list[int], list[int]]]):
-    """Tokens and mask of each conversation of a shard, as `render` made them, read when they are asked for."""
+    """Tokens and mask of each conversation of a shard, as `render` made them; read when asked for."""
 
     def __init__(self, shard: Shard) -> None:
         mask = shard.mask

@@ -99,7 +99,9 @@ class Pretrain(Task):
     def prepare(self, run: Running) -> int:
         """Opens the shards; the budget in whole steps."""
         folder, phases = self.input("encode"), self.mixture.plan()
-        train, held_out = (read_split(folder, split, run.tokenizer.sha256) for split in ("train", "validation"))
+        train, held_out = (
+            read_split(folder, split, run.tokenizer.sha256) for split in ("train", "validation")
+        )
         shards = {name: Shards([shard]) for name, shard in train.items()}
         validation = Shards(list(held_out.values()))
         if phases:

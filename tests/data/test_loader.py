@@ -258,7 +258,7 @@ def test_the_order_in_which_weights_are_written_changes_nothing(sources: dict[st
 def test_a_corpus_read_as_one_cannot_be_extended(sources: dict[str, Shards], tmp_path: Path) -> None:
     one, other = {WHOLE: sources["zh"]}, {WHOLE: changed(sources, tmp_path)["zh"]}
     state = plan(one, []).state()
-    with pytest.raises(ValueError, match="mixture=all reads the corpus as one source"):
+    with pytest.raises(ValueError, match="mixture=all reads all sources as one"):
         plan(other, []).continued(state, 24, "extend")
     assert plan(other, []).continued(state, 24, "restart").schedule[24] == (0, 0)
 

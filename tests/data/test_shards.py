@@ -151,7 +151,10 @@ def test_where_documents_begin_is_read_for_any_part(tmp_path: Path) -> None:
             first = max(number for number, begin in enumerate(begins[:-1]) if begin <= start)
             inside = [begin for begin in begins[first + 1 :] if begin < stop]
             found, edges = shard.within(start, min(stop, begins[-1]))
-            assert (found, edges.tolist()) == (first, [edge for edge in inside if edge < min(stop, begins[-1])])
+            assert (found, edges.tolist()) == (
+                first,
+                [edge for edge in inside if edge < min(stop, begins[-1])],
+            )
 
 
 def test_opening_a_shard_and_reading_a_window_holds_none_of_its_index(tmp_path: Path) -> None:
