@@ -172,12 +172,8 @@ class Shard:
             raise ValueError(f"{binary} holds {binary.stat().st_size} bytes, its index {expected}{again}")
         # asarray: a slice of a memmap is another memmap, which takes longer to make than to read.
         self.tokens = np.asarray(np.memmap(binary, KINDS[kind], mode="r") if expected else [], KINDS[kind])
-        if (
-            not bounds
-            or self._firsts[0]
-            or self._firsts[-1] != sequences
-            or (sequences and self._pointers[0])
-        ):
+        whole = bounds and self._firsts[0] == 0 and self._firsts[-1] == sequences
+        if not whole or (sequences and self._pointers[0]):
             raise ValueError(f"{index} has documents that do not cover its tokens{again}")
 
     def __len__(self) -> int:
