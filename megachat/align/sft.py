@@ -36,6 +36,10 @@ class Said(Batch):
     documents: Int[Tensor, "batch seq"]
 
 
+Set = tuple[Sequence[Rendered], list[int]]
+"""Conversations, and how many tokens each has."""
+
+
 class Packed(Sequence[list[Rendered]]):
     """Rows of conversations, each put together when it is asked for."""
 
@@ -91,21 +95,28 @@ class SFT(Task):
         return {"model": language_model(self, self.start, run)}
 
     def prepare(self, run: Running) -> int:
-        """Renders the conversations, or opens the shards of them, and packs them."""
+        """Packs the conversations."""
+        sets = self._sets(run)
+        run.data = Material(Packed(*sets[0], self, needed=True), Packed(*sets[1], self, needed=False))
+        rows = len(run.data.rows)
+        say(f"sft: {len(sets[0][0]):,} conversations in {rows:,} rows of {self.context} tokens")
+        return max(1, round(self.epochs * rows / self.batch))
+
+    def _sets(self, run: Running) -> list[Set]:
+        """Those to train on and those to measure: rendered here, or mapped from shards."""
         if isinstance(self.conversations, Encoded):
-            shards = read_split(self.input("encode_chat"), "train", run.tokenizer.sha256)
-            held_out = read_split(self.input("encode_chat"), "validation", run.tokenizer.sha256)
-            sets = [(chats, chats.lengths) for chats in map(Chats, (*shards.values(), *held_out.values()))]
-        else:
-            both: tuple[list[Rendered], list[Rendered]] = [], []
-            for conversation in self.conversations.conversations():
-                apart = share(opening(conversation)) < self.validation
-                both[apart].append(render(conversation, run.tokenizer))
-            sets = [(part, [len(tokens) for tokens, _ in part]) for part in both]
-        train, measured = (Packed(*part, self, part is sets[0]) for part in sets)
-        run.data = Material(train, measured)
-        say(f"sft: {len(sets[0][0]):,} conversations in {len(train):,} rows of {self.context} tokens")
-        return max(1, round(self.epochs * len(train) / self.batch))
+            folder, sha256 = self.input("encode_chat"), run.tokenizer.sha256
+            chats = [
+                Chats(shard)
+                for split in ("train", "validation")
+                for shard in read_split(folder, split, sha256).values()
+            ]
+            return [(one, one.lengths) for one in chats]
+        both: tuple[list[Rendered], list[Rendered]] = [], []
+        for conversation in self.conversations.conversations():
+            apart = share(opening(conversation)) < self.validation
+            both[apart].append(render(conversation, run.tokenizer))
+        return [(one, [len(tokens) for tokens, _ in one]) for one in both]
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """This data rank's share of the rows of each step, which do not depend on the number of ranks."""

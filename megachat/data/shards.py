@@ -282,8 +282,8 @@ def read_split(folder: Path, split: str, tokenizer: str | None = None) -> dict[s
     """
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    made_by = manifest.get("tokenizer", tokenizer)
-    if tokenizer is not None and made_by != tokenizer:
+    made_by = manifest.get("tokenizer")
+    if tokenizer and made_by and made_by != tokenizer:
         raise ValueError(
             f"{folder} was encoded with tokenizer {made_by[:12]}, but this run's is {tokenizer[:12]}; run "
             f"`megachat {folder.name}` again"

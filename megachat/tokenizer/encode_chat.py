@@ -80,6 +80,8 @@ class Chats(Sequence[tuple[list[int], list[int]]]):
         return len(self.shard)
 
     def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(f"conversation {number} of {len(self)}")
         start, stop = self.shard.starts(number, number + 2).tolist()
         return self.shard.tokens[start:stop].tolist(), self.mask[start:stop].tolist()
 
