@@ -2,7 +2,7 @@
 
     python tools/bench/measure.py megachat clean corpus=files corpus.path=runs/text
 
-Memory that processes share is counted once (Linux's proportional set size, looked at five times a second), and
+Memory that processes share is counted once (Linux's proportional set size, looked at five times a second);
 pages of files that are mapped count as well.
 """
 
