@@ -2,8 +2,9 @@
 
 C4 (Raffel et al., 2020, https://jmlr.org/papers/v21/20-074.html, 2.2, and c4_utils.py in tensorflow_datasets)
 removes lines that mention Javascript, cookies or policies, that end without punctuation, or have fewer than
-three words. The last two also remove headings, lists and verse, and FineWeb
-(https://arxiv.org/abs/2406.17557, 3.5) left them out: so they are a choice.
+three words. The last two also remove headings, lists and verse. FineWeb (https://arxiv.org/abs/2406.17557,
+3.5) left out the one about punctuation, FineWeb-2 (https://arxiv.org/abs/2506.20920) all of C4: so they are
+a choice, and hold for the languages in `c4`.
 """
 
 import re
@@ -30,6 +31,8 @@ class Boilerplate(Config):
     """By language: lines that mention this go, if they are short."""
     short: PositiveInt
     """Characters of a line that is short: a paragraph may well be about cookies. C4 has no such bound."""
+    c4: list[str]
+    """The languages that `citations`, `terminal` and `words` hold for, or [all]: C4's are English."""
     citations: bool
     """Whether Wikipedia's [1], [edit] and [citation needed] are cut out of their lines, as in C4."""
     terminal: bool
@@ -43,20 +46,22 @@ class Boilerplate(Config):
         """The text without such lines, and how many they were; lines that were empty before stay."""
         if language == "code" or not (language in self.applies_to or "all" in self.applies_to):
             return text, 0
-        if self.citations and "[" in text:
+        c4 = language in self.c4 or "all" in self.c4
+        if c4 and self.citations and "[" in text:
             text = _citation.sub("", text)
         folded = text.lower()
         # All at once first, which is most often all there is to do: a search in C costs next to nothing.
         phrases = [phrase for phrase in self.phrases.get(language, ()) if phrase.lower() in folded]
         phrases = [phrase.lower() for phrase in phrases]
         buttons = {button.lower() for button in self.buttons.get(language, ()) if button.lower() in folded}
-        if not (phrases or buttons or self.terminal or self.words or len(text) > self.longest_word):
+        sentences = c4 and bool(self.terminal or self.words)
+        if not (phrases or buttons or sentences or len(text) > self.longest_word):
             return text, 0
         lines = text.split("\n")
-        kept = [line for line in lines if not line or not self._goes(line.strip(), phrases, buttons)]
+        kept = [line for line in lines if not line or not self._goes(line.strip(), phrases, buttons, c4)]
         return ("\n".join(kept).strip("\n "), len(lines) - len(kept)) if len(kept) < len(lines) else (text, 0)
 
-    def _goes(self, line: str, phrases: list[str], buttons: set[str]) -> bool:
+    def _goes(self, line: str, phrases: list[str], buttons: set[str], c4: bool) -> bool:
         if not line:
             return False
         folded = line.lower()
@@ -64,13 +69,13 @@ class Boilerplate(Config):
             return True
         if len(line) <= self.short and any(phrase in folded for phrase in phrases):
             return True
-        if self.terminal and (not line.endswith(_ENDS) or line.endswith("...")):
+        if c4 and self.terminal and (not line.endswith(_ENDS) or line.endswith("...")):
             return True
-        if len(line) > self.longest_word or self.words:
+        if len(line) > self.longest_word or (c4 and self.words):
             parts = line.split()
             longest = max(map(len, parts))
             if longest > self.longest_word and not _unspaced.search(line):
                 return True
             count = sum(not _unspaced.search(part) for part in parts) + len(_unspaced.findall(line)) // 2
-            return count < self.words
+            return c4 and count < self.words
         return False

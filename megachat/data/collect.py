@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.data.boilerplate import Boilerplate
-from megachat.data.contamination import Benchmarks, Index
+from megachat.data.contamination import Benchmarks, Index, Overlaps
 from megachat.data.copies import Corpus, Found
 from megachat.data.document import Broken, Document, write_shard
 from megachat.data.filters import Filter
@@ -36,7 +36,10 @@ EXAMPLES = 5
 """Removed documents of each kind that the report shows."""
 
 HITS = 100
-"""What documents of a shard share with benchmarks that the report shows."""
+"""What documents of a shard share with benchmarks that the report shows: the largest shares."""
+
+HITS_OF_ONE = 5
+"""How many of them may be of one document."""
 
 SHARED = "contamination.share"
 """The column with the largest share of a benchmark's item."""
@@ -87,7 +90,7 @@ class Collect(Step):
         rules = measured(self.filters)
         names = [column for rule, filter in rules.items() for column in columns(rule, filter)]
         names += [SHARED] if self.benchmarks.paths else []
-        hits: list[dict[str, Any]] = []
+        overlaps = Overlaps(self.benchmarks.threshold, HITS, HITS_OF_ONE)
         schema = pa.schema({**SCHEMA, **dict.fromkeys(names, pa.float64())})
         count = 0
         with (
@@ -103,7 +106,7 @@ class Collect(Step):
                         quarantine += [asdict(item)] if len(quarantine) < QUARANTINE else []
                         continue
                     own = tally.setdefault(item.source, Counter())
-                    row = self._row(item, own, rules, hits)
+                    row = self._row(item, own, rules, overlaps)
                     if row is None:
                         continue
                     count += 1
@@ -114,17 +117,18 @@ class Collect(Step):
                         rows, size = [], 0
             if rows or not count:
                 file.write_table(pa.Table.from_pylist(rows, schema))
-        return {"documents": count, "tally": tally, "quarantine": quarantine, "hits": hits}
+        shared = {"hits": overlaps.hits, "benchmarks": overlaps.documents}
+        return {"documents": count, "tally": tally, "quarantine": quarantine, **shared}
 
     def _row(
-        self, document: Document, tally: Counter[str], rules: Mapping[str, Filter], hits: list[dict[str, Any]]
+        self, document: Document, tally: Counter[str], rules: Mapping[str, Filter], overlaps: Overlaps
     ) -> dict[str, Any] | None:
         """A document mended and measured, or None where nothing of it is left."""
         tally["read"] += 1
         text = self.repair.apply(document.text)
         language, confidence = (document.language, 1.0) if document.language else self.language.identify(text)
         text, lines = self.boilerplate.apply(text, language)
-        text, masked = self.privacy.apply(text)
+        text, masked = self.privacy.apply(text, language)
         tally.update(
             {"boilerplate lines": lines, **{f"masked {kind}": times for kind, times in masked.items()}}
         )
@@ -144,12 +148,7 @@ class Collect(Step):
         if self.benchmarks.paths:
             found = self.index.hits(text)
             row[SHARED] = max((hit.share for hit in found), default=0.0)
-            if found and len(hits) < HITS:
-                hits += [
-                    {"benchmark": hit.benchmark, "item": hit.item, "share": round(hit.share, 3)}
-                    | {"document": document.id, "ngram": hit.text}
-                    for hit in found[:1]
-                ]
+            overlaps.add(document.id, found)
         for transform in self.transforms.values():
             text = transform.apply(text, language)
         return row | {"text": text}

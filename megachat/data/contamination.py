@@ -4,7 +4,8 @@ As GPT-3 does (Brown et al., 2020, https://arxiv.org/abs/2005.14165, appendix C)
 13 words, fewer for items that have no more. In Chinese a run has 20 characters: 12 words or so.
 GPT-3 removed what is around a hit, and found that most hits are quotations that both have from a third; here
 a document goes if it has a large share of one item's runs, and what it shares with so many items that it must
-be their template is not looked for at all.
+be their template is not looked for at all. What a record has under each key is an item of its own: a question
+has leaked whether or not its choices stand beside it as the benchmark has them, or its answer does.
 
 The index holds twelve bytes for each run of the benchmarks, whatever is searched. Hashes have 64 bits: in a
 search of 10^12 runs for 10^7, chance finds half a run, which is no large share of anything.
@@ -13,7 +14,8 @@ search of 10^12 runs for 10^7, chance finds half a run, which is no large share 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +28,7 @@ from pydantic import Field, PositiveInt
 from megachat.config import Config
 from megachat.data.document import matching, open_bytes, read_lines
 from megachat.data.words import UNSPACED
+from megachat.log import say
 
 Hashes = NDArray[np.uint64]
 
@@ -43,7 +46,7 @@ class Hit:
 
     benchmark: str
     item: str
-    """Its file and line."""
+    """Its file, its line, and its key there."""
     share: float
     """The share of the item's different runs that the document has."""
     text: str
@@ -56,7 +59,7 @@ class Benchmarks(Config):
     paths: list[str]
     """Patterns of .jsonl, .parquet or text files (.gz and .zst, too), one item on a line or in a row."""
     keys: list[str]
-    """Where an item's text is, in JSON and Parquet: those of them that it has, joined in this order."""
+    """Where text is in a record of JSON or Parquet. Under each of these that it has is an item of its own."""
     words: PositiveInt
     """Words in a run."""
     characters: PositiveInt
@@ -72,21 +75,30 @@ class Benchmarks(Config):
         """All items, ready to be looked for."""
         items: list[tuple[str, str]] = []
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-        sizes, skipped = set[int](), 0
-        for benchmark, item, text in self._items():
-            words = list(tokens(text))
-            unspaced = 2 * sum(map(bool, map(_unspaced.match, words))) > len(words)
-            longest, shortest = (
-                (self.characters, 2 * self.shortest) if unspaced else (self.words, self.shortest)
+        sizes = set[int]()
+        records, skipped = Counter[str](), Counter[str]()
+        for benchmark, record, texts in self._records():
+            before = len(items)
+            for key, text in texts.items():
+                words = list(tokens(text))
+                unspaced = 2 * sum(map(bool, map(_unspaced.match, words))) > len(words)
+                longest, shortest = (
+                    (self.characters, 2 * self.shortest) if unspaced else (self.words, self.shortest)
+                )
+                if len(words) < shortest:
+                    continue
+                ((size, found),) = runs(hashed(words), [min(longest, len(words))])
+                hashes.append(np.unique(found))
+                owners.append(np.full(len(hashes[-1]), len(items), np.int32))
+                items.append((benchmark, f"{record} {key}".rstrip()))
+                sizes.add(size)
+            records[benchmark] += 1
+            skipped[benchmark] += len(items) == before
+        for benchmark in +skipped:
+            say(
+                f"benchmarks: {skipped[benchmark]:,} of {records[benchmark]:,} records of {benchmark} are "
+                f"not looked for: nothing in them has {self.shortest} words; benchmarks.shortest may be lower"
             )
-            if len(words) < shortest:
-                skipped += 1
-                continue
-            ((size, found),) = runs(hashed(words), [min(longest, len(words))])
-            hashes.append(np.unique(found))
-            owners.append(np.full(len(hashes[-1]), len(items), np.int32))
-            items.append((benchmark, item))
-            sizes.add(size)
         return Index(
             np.concatenate(hashes), np.concatenate(owners), items, sorted(sizes), skipped, self.shared
         )
@@ -95,8 +107,8 @@ class Benchmarks(Config):
         """Whether a document with these hits is to be removed."""
         return any(hit.share >= self.threshold for hit in hits)
 
-    def _items(self) -> Iterator[tuple[str, str, str]]:
-        """Name of the benchmark, name of the item, and its text."""
+    def _records(self) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Name of the benchmark, name of the record, and the text under each of its keys."""
         for pattern in self.paths:
             found = matching(pattern, "*.jsonl")
             if not found:
@@ -106,18 +118,18 @@ class Benchmarks(Config):
             for path in found:
                 # Not the suffix alone: gsm8k/test.jsonl and mmlu/test.jsonl are two benchmarks.
                 name = f"{path.absolute().parent.name}/{path.name}"
-                for number, text in self._texts(path):
-                    if text.strip():
-                        yield name.partition(".")[0], f"{name}:{number}", text
+                for number, texts in self._texts(path):
+                    if any(map(str.strip, texts.values())):
+                        yield name.partition(".")[0], f"{name}:{number}", texts
 
-    def _texts(self, path: Path) -> Iterator[tuple[int, str]]:
+    def _texts(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         suffixes = {*path.suffixes}
         if ".parquet" in suffixes:
             yield from self._rows(path)
             return
         for number, line in read_lines(path):
             if not suffixes & {".jsonl", ".json", ".ndjson"} or not line.strip():
-                yield number, line
+                yield number, {"": line}
                 continue
             try:
                 record = json.loads(line)
@@ -125,9 +137,9 @@ class Benchmarks(Config):
                 raise ValueError(f"{path}:{number}: not JSON ({why}); mend the line or delete it") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number}: no JSON object but {line[:40]!r}; mend or delete it")
-            yield number, self._joined(path, number, record)
+            yield number, self._under_keys(path, number, record)
 
-    def _rows(self, path: Path) -> Iterator[tuple[int, str]]:
+    def _rows(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -138,22 +150,22 @@ class Benchmarks(Config):
                 table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()) if packed else file)
                 keys = [key for key in self.keys if key in table.schema_arrow.names]
                 if not keys:
-                    self._joined(path, 1, dict.fromkeys(table.schema_arrow.names))
+                    self._under_keys(path, 1, dict.fromkeys(table.schema_arrow.names))
                 for batch in table.iter_batches(batch_size=1024, columns=keys):
                     for record in batch.to_pylist():
                         number += 1
-                        yield number, self._joined(path, number, record)
+                        yield number, self._under_keys(path, number, record)
         except (pyarrow.ArrowException, OSError) as why:
             raise ValueError(f"{path}:{number + 1}: cannot be read ({why}); fetch the file again") from None
 
-    def _joined(self, path: Path, number: int, record: Mapping[str, Any]) -> str:
-        texts = [text for key in self.keys if key in record for text in _strings(record[key])]
-        if not texts:
+    def _under_keys(self, path: Path, number: int, record: Mapping[str, Any]) -> dict[str, str]:
+        texts = {key: "\n".join(_strings(record[key])) for key in self.keys if key in record}
+        if not any(texts.values()):
             raise ValueError(
                 f"{path}:{number}: no text under {', '.join(self.keys)}, only {', '.join(record)}; "
                 "set benchmarks.keys"
             )
-        return "\n".join(texts)
+        return texts
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -214,7 +226,7 @@ class Index:
         owners: NDArray[np.int32],
         items: list[tuple[str, str]],
         sizes: list[int],
-        skipped: int,
+        skipped: Counter[str],
         shared: int,
     ) -> None:
         self.items = items
@@ -222,7 +234,7 @@ class Index:
         self.sizes = sizes
         """How long the runs are, the shortest first."""
         self.skipped = skipped
-        """How many items were too short to be looked for."""
+        """How many records of each benchmark have nothing that is long enough to be looked for."""
         _, numbers, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         own = counts[numbers] <= shared
         order = np.argsort(hashes[own], kind="stable")
@@ -264,3 +276,35 @@ class Index:
             for owner in np.flatnonzero(found).tolist()
         ]
         return sorted(hits, key=lambda hit: (-hit.share, hit.benchmark, hit.item))
+
+
+class Overlaps:
+    """What the documents of a shard share with benchmarks: the largest shares, and how many documents do."""
+
+    def __init__(self, threshold: float, most: int, each: int) -> None:
+        self.threshold = threshold
+        self.most, self.each = most, each
+        """Hits that are kept of all documents, and of one."""
+        self.documents: dict[str, list[int]] = {}
+        """For each benchmark the documents that share a run with it, and those that it removes."""
+        self._hits: list[dict[str, Any]] = []
+
+    def add(self, document: str, hits: Sequence[Hit]) -> None:
+        """The hits of a document, the largest share first."""
+        largest = {hit.benchmark: hit.share for hit in reversed(hits)}
+        for benchmark, share in largest.items():
+            counts = self.documents.setdefault(benchmark, [0, 0])
+            counts[0] += 1
+            counts[1] += share >= self.threshold
+        self._hits += [
+            {"benchmark": hit.benchmark, "item": hit.item, "share": round(hit.share, 3)}
+            | {"document": document, "ngram": hit.text}
+            for hit in hits[: self.each]
+        ]
+        if len(self._hits) > 10 * self.most:
+            self._hits = self.hits
+
+    @property
+    def hits(self) -> list[dict[str, Any]]:
+        """The hits with the largest shares; of equal ones those that came first."""
+        return sorted(self._hits, key=lambda hit: -float(hit["share"]))[: self.most]

@@ -185,7 +185,7 @@ def matching(pattern: str, example: str) -> list[Path]:
 @contextmanager
 def open_bytes(place: str | Path) -> Iterator[io.BufferedReader]:
     """Opens a path or URL for reading; .gz, .bz2 and .zst are decompressed on the way."""
-    ending = os.path.splitext(place)[1]
+    ending = os.path.splitext(place)[1].lower()
     with _open(str(place)) as file:
         if ending in COMPRESSED and not file.peek(1):
             raise EOFError("it is empty, which a compressed file never is")

@@ -2,7 +2,9 @@
 
 A rule has two halves. `measure` looks at one document and gives its scores, which become columns beside the
 text; `keep` looks at the scores alone, so that a bound can be moved without reading the text again. Rules
-made for prose are wrong for code and for Chinese, so each names the languages it is meant for.
+made for prose are wrong for code and for Chinese, so each names the languages it is meant for. Shares and
+averages are those of the first million characters (`BEGINNING`): counting all words of a longer text takes
+gigabytes, and changes little. How long a text is, and what it must not say, is asked of all of it.
 
 Here is what the default needs; megachat/data/quality.py has the complete sets of Gopher, C4 and FineWeb. To
 add a language to a set, copy its entry in conf/filters/ under a new name, with the language in `applies_to`
@@ -28,6 +30,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 EVERY = "all"
 """In `applies_to`: whatever the language."""
+
+BEGINNING = 1_000_000
+"""Characters of a text from which shares and averages are taken."""
 
 _han = re.compile(f"[{HAN}]")
 
@@ -136,22 +141,23 @@ class Repetition(Filter):
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        lines = [stripped for line in document.text.split("\n") if (stripped := line.strip())]
+        text = document.text[:BEGINNING]
+        lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
         copies = [(line, count - 1) for line, count in Counter(lines).items() if count > 1]
         size = sum(map(len, lines))
         return (
             share(sum(count for _, count in copies), len(lines)),
             share(sum(len(line) * count for line, count in copies), size),
-            share(self._commonest(document), size),
+            share(self._commonest(text, document.language), size),
         )
 
     def keep(self, *scores: Any) -> bool:
         lines, characters, four_grams = scores
         return lines <= self.lines and characters <= self.characters and four_grams <= self.four_grams
 
-    def _commonest(self, document: Document) -> int:
+    def _commonest(self, text: str, language: str) -> int:
         """Characters in all copies of the commonest 4-gram."""
-        words = _han.findall(document.text) if document.language == "zh" else document.text.split()
+        words = _han.findall(text) if language == "zh" else text.split()
         if len(words) < 8:
             return 0
         grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
@@ -185,12 +191,13 @@ class Lines(Filter):
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        lines = document.text.split("\n")
-        filled = sum(map(len, document.text.split()))
+        text = document.text[:BEGINNING]
+        lines = text.split("\n")
+        filled = sum(map(len, text.split()))
         return (
             float(max(map(len, lines))),
-            len(document.text) / len(lines),
-            share(sum(letters(document.text)), filled),
+            len(text) / len(lines),
+            share(sum(letters(text)), filled),
         )
 
     def keep(self, *scores: Any) -> bool:
@@ -226,9 +233,10 @@ class Words(Filter):
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
+        text = document.text[:BEGINNING]
         if document.language == "zh":
-            return 1.0, float(len({*document.text}.intersection(self.stop_words)))
-        words = document.text.lower().split()
+            return 1.0, float(len({*text}.intersection(self.stop_words)))
+        words = text.lower().split()
         common = float(len({*words}.intersection(self.stop_words)))
         return share(sum(map(len, words)), len(words)), common
 

@@ -2,7 +2,8 @@
 
 Each score is what datatrove (https://github.com/huggingface/datatrove) computes, which FineWeb and FineWeb-2
 were made with, except for where words begin and end: theirs come from spaCy, and from jieba in Chinese; ours
-from `megachat.data.words`. Sums that a text of one language has in common are made once.
+from `megachat.data.words`. Sums that a text of one language has in common are made once. As for the other
+rules, shares and averages are those of the first million characters.
 """
 
 import functools
@@ -18,11 +19,11 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megachat.data.document import Document, read_lines
-from megachat.data.filters import Filter, Share, share
+from megachat.data.filters import BEGINNING, Filter, Share, share
 from megachat.data.words import UNSPACED, Segmenter, words_of
 
-TERMINAL = tuple(".?!。？！．｡؟۔।॥։።፧။៕᙮᠃‼⁇⁈⁉‽")
-"""What sentences end with."""
+TERMINAL = tuple(".?!。？！．｡؟۔।॥։።፧။៕᙮᠃‼⁇⁈⁉‽'\"")
+"""What sentences end with. Both straight quotes counted for FineWeb; datatrove has since left them out."""
 
 COMMONEST = (2, 3, 4)
 """Of as many words in a row the commonest is looked for, as they are too often repeated by chance."""
@@ -34,7 +35,8 @@ _proper = re.compile(r"[^\W_]")
 _unspaced = re.compile(f"[{UNSPACED}]")
 _paragraph = re.compile(r"\n{2,}")
 _lines = re.compile(r"\n+")
-_sentence_end = re.compile(r"[.?!]+[\"'”’)\]]*[ \t]+(?=\S)|[。？！｡]+[”’」』）]*(?=\S)")
+# Of a run of marks only the last is looked at, and nothing is given back: a line of dots takes linear time.
+_sentence_end = re.compile(r"[.?!][\"'”’)\]]*+[ \t]++(?=\S)|[。？！｡](?![。？！｡])[”’」』）]*+(?=\S)")
 _lorem_ipsum = re.compile("lorem ipsum", re.IGNORECASE)
 
 
@@ -86,8 +88,10 @@ class WordFilter(Filter):
     """How many characters count as one word in scripts without blanks; jieba's words have 1.7 to 1.8."""
 
     def counted(self, document: Document) -> Vocabulary:
-        """The words of a document."""
-        return vocabulary(document.text, document.language, self.segmenter, self.characters_per_word)
+        """The words with which a document begins."""
+        return vocabulary(
+            document.text[:BEGINNING], document.language, self.segmenter, self.characters_per_word
+        )
 
 
 class GopherQuality(WordFilter):
@@ -104,9 +108,9 @@ class GopherQuality(WordFilter):
     measured_by = ("stop_words", "segmenter", "characters_per_word")
 
     minimum: NonNegativeInt
-    """Words, not counting punctuation."""
+    """Words, not counting punctuation; as many as its beginning suggests where a text is very long."""
     maximum: PositiveInt
-    """Words, not counting punctuation."""
+    """The same."""
     shortest: NonNegativeFloat
     """Characters of the mean word, at least."""
     longest: PositiveFloat
@@ -132,11 +136,11 @@ class GopherQuality(WordFilter):
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        text = document.text
+        text = document.text[:BEGINNING]
         found = self.counted(document)
         lines = [line.strip() for line in text.splitlines()]
         return (
-            found.proper,
+            found.proper * max(1.0, len(document.text) / BEGINNING),
             share(found.characters, found.proper),
             share(text.count("#"), found.words),
             share(text.count("...") + text.count("…"), found.words),
@@ -194,7 +198,7 @@ class GopherRepetition(WordFilter):
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        text = document.text
+        text = document.text[:BEGINNING]
         lines, paragraphs = _lines.split(text), _paragraph.split(text.strip())
         copied_lines, line_characters = copies(lines)
         copied_paragraphs, paragraph_characters = copies(paragraphs)
@@ -310,10 +314,10 @@ class C4(Filter):
         return f"fewer than {self.sentences} sentences, curly brackets, or lorem ipsum"
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        text = document.text
-        lines = sum(not line.isspace() for line in text.splitlines() if line)
-        sentences = lines + len(_sentence_end.findall(text))
-        return float(sentences), float(text.count("{")), float(len(_lorem_ipsum.findall(text)))
+        text, beginning = document.text, document.text[:BEGINNING]
+        lines = sum(not line.isspace() for line in beginning.splitlines() if line)
+        sentences = lines + sum(1 for _ in _sentence_end.finditer(beginning))
+        return float(sentences), float(text.count("{")), float(sum(1 for _ in _lorem_ipsum.finditer(text)))
 
     def keep(self, *scores: Any) -> bool:
         sentences, brackets, lorem_ipsum = scores
@@ -353,12 +357,13 @@ class FineWeb(WordFilter):
         )
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        lines = [line for line in document.text.split("\n") if line and not line.isspace()]
-        newlines = document.text.count("\n")
+        text = document.text[:BEGINNING]
+        lines = [line for line in text.split("\n") if line and not line.isspace()]
+        newlines = text.count("\n")
         return (
             share(sum(line.endswith(TERMINAL) for line in lines), len(lines)),
             share(sum(len(line) <= self.short for line in lines), len(lines)),
-            share(copies(lines)[1], len(document.text) - newlines),
+            share(copies(lines)[1], len(text) - newlines),
             share(newlines, self.counted(document).words),
         )
 
@@ -390,7 +395,7 @@ class StopWordShare(WordFilter):
         return f"not {self.minimum:.0%} to {self.maximum:.0%} of the words are stop words"
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        found = self.counted(replace(document, text=document.text.lower()))
+        found = self.counted(replace(document, text=document.text[:BEGINNING].lower()))
         return (share(sum(found.counts[word] for word in {*self.stop_words}), found.proper),)
 
     def keep(self, *scores: Any) -> bool:
@@ -418,7 +423,7 @@ class BadWords(Filter):
         return f"more than {self.maximum} words of {self.path}"
 
     def measure(self, document: Document) -> tuple[float, ...]:
-        return (float(len(_any_of(self.path).findall(document.text.lower()))),)
+        return (float(sum(1 for _ in _any_of(self.path).finditer(document.text.lower()))),)
 
     def keep(self, *scores: Any) -> bool:
         return bool(scores[0] <= self.maximum)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from megachat.config import Config
+from megachat.data.words import MARKS
 
 _surrogate = re.compile("[\ud800-\udfff]")
 _control = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
@@ -24,17 +25,32 @@ _mojibake = re.compile(
     "\u2122\u2202-\u2265\u2310-\u25ca\ufb01\ufb02\ufffd]"
 )
 
+# What Unicode and Python take for the end of a line or page. Beside a newline it is one end, not two.
+_line_end = re.compile("(?<![\n\x0b\x0c\x1c-\x1e\x85])[\x0b\x0c\x1c-\x1e\x85]++(?!\n)")
+
+STACKED = 30
+"""Combining marks that a character may have: as many as in Unicode's Stream-Safe Text Format (UAX #15)."""
+
+_MARKS_OF_NFKC = "\uff9e\uff9f"
+# Beyond the first plane also much that is no mark, which `_thinned` tells apart: single ranges are fast.
+_stacks = re.compile(f"[{MARKS}\ufe20-\ufe2f{_MARKS_OF_NFKC}\U00010000-\U0001efff]{{{STACKED + 1},}}")
+
 _empty_lines = re.compile(r"\n{4,}")
 
 _joiner = re.compile(
-    # Arabic script and those of India and South East Asia spell with them; emoji are joined by them.
-    "(?<![\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u200c\ufb50-\ufdff\ufe0f\ufe70-\ufefc"
-    "\u2190-\u2bff\U0001f000-\U0001faff])[\u200c\u200d]"
+    # Arabic script and those of India and South East Asia spell with them; emoji are joined by them. Whole
+    # runs: behind the first one of them the second would look like one that belongs there.
+    "(?<![\u0600-\u08ff\u0900-\u0dff\u0f00-\u109f\u1780-\u18af\u200c\u200d\ufb50-\ufdff\ufe0f\ufe70-\ufefc"
+    "\u2190-\u2bff\U0001f000-\U0001faff])[\u200c\u200d]+"
+    "|(?<=[\u200c\u200d]{2})[\u200c\u200d]+"  # no script has three in a row
 )
 _invisible = re.compile(
     "(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])\u200b"  # where it is what separates words
     "|[\xad\u180e\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufff9-\ufffb]"
-    "|(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0000-\U000e007f]"  # tags: in flags, or to hide text
+)
+# Tags spell flags, as that of England; everywhere else they are there to hide text.
+_tags = re.compile(
+    "(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f)|[\U000e0000-\U000e007f]+"
 )
 _hidden = re.compile("[\xad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufff9-\ufffb\U000e0000-\U000e007f]")
 
@@ -47,13 +63,24 @@ def normalise(text: str, form: Form = "NFC") -> str:
     NFC and not NFKC: NFKC would rewrite x² as x2 and full-width Chinese punctuation as ASCII.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _line_end.sub("\n", text)
     if not text.isascii():
         if _surrogate.search(text):
             # The two halves of a character make it whole; one alone has no meaning.
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if form != "none":
-            text = unicodedata.normalize(form, text)
+            # Marks are sorted in quadratic time: a text of nothing else would take hours.
+            text = unicodedata.normalize(form, _stacks.sub(_thinned, text))
     return _control.sub("", text).strip("\n ")
+
+
+def _thinned(found: re.Match[str]) -> str:
+    """What is left where many marks may follow each other: the first of each run of them."""
+    kept, run = [], 0
+    for char in found[0]:
+        run = run + 1 if unicodedata.category(char)[0] == "M" or char in _MARKS_OF_NFKC else 0
+        kept += [char] if run <= STACKED else []
+    return "".join(kept)
 
 
 def suspicious(text: str) -> bool:
@@ -86,7 +113,7 @@ class Repair(Config):
             if self.replacement == "remove":
                 text = text.replace("\ufffd", "")
             if self.invisible == "remove" and _hidden.search(text):
-                text = _invisible.sub("", _joiner.sub("", text))
+                text = _tags.sub(r"\1", _invisible.sub("", _joiner.sub("", text)))
         text = normalise(text, self.form)
         if self.blanks == "keep":
             return text

@@ -23,10 +23,8 @@ UNSPACED = HAN + "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\u0e00-\u0eff\u1000-\u1
 Segmenter = Literal["characters", "jieba"]
 
 
-def _marks() -> str:
-    """Accents and vowel signs, which Python's `\\w` leaves out although they are inside of words."""
-    marks = (chr(code) for code in range(0x300, 0xFE00) if unicodedata.category(chr(code))[0] == "M")
-    return "".join(marks)
+MARKS = "".join(chr(code) for code in range(0x300, 0xFE00) if unicodedata.category(chr(code))[0] == "M")
+"""Accents and vowel signs, which Python's `\\w` leaves out although they are inside of words."""
 
 
 _RUNS = r"[.=*`#~-]+|[^\s\w]"
@@ -38,8 +36,8 @@ def _pattern(part: str) -> re.Pattern[str]:
 
 
 _word = _pattern(rf"[^\W{UNSPACED}]+")
-_mark = re.compile(f"[{_marks()}]")
-_marked_word = _pattern(rf"(?:[^\W{UNSPACED}]|[{_marks()}])+")  # half as fast
+_mark = re.compile(f"[{MARKS}]")
+_marked_word = _pattern(rf"(?:[^\W{UNSPACED}]|[{MARKS}])+")  # half as fast
 _ascii_word = re.compile(rf"[a-zA-Z0-9_]+(?:[.:/']+[a-zA-Z0-9_]+)*|{_RUNS}")
 
 
@@ -87,16 +85,16 @@ class StopWords(Transform):
     """
 
     words: dict[str, list[str]]
-    """By language; other languages stay as they are."""
+    """By language; other languages stay as they are. Words of Chinese are what jieba finds."""
 
     def apply(self, text: str, language: str) -> str:
         removed = {*self.words.get(language, ())}
         if not removed:
             return text
         lines = text.split("\n")
-        if language == "zh":  # the blanks of Chinese text are not between its words
-            cut = re.compile("|".join(sorted(map(re.escape, removed), key=len, reverse=True)))
-            return "\n".join(cut.sub("", line) for line in lines)
+        if language == "zh":  # 在 and 和 are words, and parts of 现在 and 和平: only jieba knows
+            left = ("".join(word for word in jieba().lcut(line) if word not in removed) for line in lines)
+            return "\n".join(" ".join(line.split()) for line in left)
         return "\n".join(
             " ".join(word for word in line.split() if word.lower() not in removed) for line in lines
         )

@@ -14,7 +14,7 @@ import pytest
 
 from megachat.config import compose, decode
 from megachat.data import contamination
-from megachat.data.contamination import Benchmarks, hashed, runs, tokens
+from megachat.data.contamination import Benchmarks, Hit, Overlaps, hashed, runs, tokens
 
 QUESTION = (
     "A farmer has seventeen sheep and sells all but nine of them at the market on Monday. "
@@ -52,7 +52,7 @@ def test_the_share_of_an_item_that_a_document_has(tmp_path: Path) -> None:
     index = rules.index()
     assert len(index.hashes) == 12
     (hit,) = index.hits("Before. " + QUESTION.upper().replace(",", ";") + " After.")
-    assert (hit.benchmark, hit.item, hit.share) == ("sheep/test", "sheep/test.jsonl:1", 1.0)
+    assert (hit.benchmark, hit.item, hit.share) == ("sheep/test", "sheep/test.jsonl:1 question", 1.0)
     assert hit.text == "a farmer has seventeen sheep and sells all but nine of them at"
     assert rules.contaminated([hit])
     # The last 15 words of 24 are 3 runs of 13.
@@ -71,7 +71,29 @@ def test_chinese_is_found_by_its_characters(tmp_path: Path) -> None:
     assert index.hits(CHINESE[:20]) == []  # a comma is among them: 19 characters
 
 
-def test_short_items_are_found_whole_and_shorter_ones_not_looked_for(tmp_path: Path) -> None:
+def test_a_question_has_leaked_without_its_choices_and_without_its_answer(tmp_path: Path) -> None:
+    answer = "She sells eight of her seventeen sheep, so that nine of them are left. " * 4
+    path = write(
+        tmp_path / "exam.jsonl",
+        {"question": QUESTION, "choices": ["eight of them", "nine of them", "ten of them", "none"]},
+        {"question": QUESTION.replace("sheep", "goats"), "answer": answer},
+    )
+    rules = benchmarks(path, keys=["question", "choices", "answer"])
+    index = rules.index()
+    lettered = f"1. {QUESTION}\nA. eight of them\nB. nine of them\nC. ten of them\nD. none"
+    for leaked, item in (
+        (lettered, "exam.jsonl:1 question"),
+        (QUESTION.replace("sheep", "goats"), "exam.jsonl:2 question"),
+        (f"The solution: {answer}", "exam.jsonl:2 answer"),
+    ):
+        hits = index.hits(leaked)
+        assert (hits[0].item, hits[0].share) == (f"{tmp_path.name}/{item}", 1.0)
+        assert rules.contaminated(hits)
+
+
+def test_short_items_are_found_whole_and_shorter_ones_not_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(
         tmp_path / "short.jsonl",
         {"question": "Which planet is the largest of them all?"},  # eight words
@@ -79,9 +101,10 @@ def test_short_items_are_found_whole_and_shorter_ones_not_looked_for(tmp_path: P
     )
     index = benchmarks(path).index()
     assert index.sizes == [8]
-    assert index.skipped == 1
+    assert index.skipped == {f"{tmp_path.name}/short": 1}
+    assert "1 of 2 records of" in capsys.readouterr().err
     (hit,) = index.hits("He asked which planet is the largest of them all, and nobody knew.")
-    assert (hit.item.split(":")[-1], hit.share) == ("1", 1.0)
+    assert (hit.item.split(":")[-1], hit.share) == ("1 question", 1.0)
 
 
 def test_a_template_of_many_items_is_not_looked_for(tmp_path: Path) -> None:
@@ -100,11 +123,20 @@ def test_formats_and_keys(tmp_path: Path) -> None:
         file.write(json.dumps(record))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a" / "z.parquet")
     (tmp_path / "a" / "w.txt").write_text(f"\n{QUESTION} nine\n")
-    keys = ["question", "choices", "answer"]
-    hits = benchmarks(tmp_path / "a" / "*", keys=keys).index().hits(f"{QUESTION} eight nine nine")
+    hits = benchmarks(tmp_path / "a" / "*").index().hits(f"{QUESTION} nine")
     assert [(hit.item, hit.share) for hit in hits] == [
-        ("a/x.jsonl:1", 1.0), ("a/y.jsonl.gz:1", 1.0), ("a/z.parquet:1", 1.0), ("a/w.txt:2", 12 / 13)
+        ("a/w.txt:2", 1.0), ("a/x.jsonl:1 question", 1.0), ("a/y.jsonl.gz:1 question", 1.0),
+        ("a/z.parquet:1 question", 1.0),
     ]  # fmt: skip
+    # A list, or a list under a key, is one text: nine words.
+    long = {"choices": {"text": ["eight of the sheep", "nine", "none of the goats"]}}
+    write(tmp_path / "b.jsonl", record | long)
+    (hit,) = (
+        benchmarks(tmp_path / "b.jsonl", keys=["choices"])
+        .index()
+        .hits("(eight of the sheep; nine; none of the goats)")
+    )
+    assert hit.share == 1.0
 
 
 @pytest.mark.parametrize(
@@ -157,3 +189,16 @@ def test_hashes_are_the_same_in_every_process() -> None:
         for seed in seeds
     }
     assert len(found) == 1
+
+
+def test_the_largest_shares_are_kept_and_the_documents_of_each_benchmark_counted() -> None:
+    overlaps = Overlaps(threshold=0.5, most=3, each=2)
+    for number in range(100):
+        overlaps.add(f"small {number}", [Hit("a", f"a:{number}", number / 1000, "x")])
+    large = [Hit("a", "a:7", 0.9, "y"), Hit("b", "b:1", 0.6, "y"), Hit("a", "a:8", 0.5, "y")]
+    overlaps.add("large", large)
+    overlaps.add("none", [])
+    assert [(hit["document"], hit["item"], hit["share"]) for hit in overlaps.hits] == [
+        ("large", "a:7", 0.9), ("large", "b:1", 0.6), ("small 99", "a:99", 0.099)
+    ]  # fmt: skip
+    assert overlaps.documents == {"a": [101, 1], "b": [1, 1]}

@@ -28,6 +28,17 @@ MASK = Privacy(email="<E>", identity="<I>", card="<C>", mobile="<M>", phone="<P>
         ("from 93.184.216.34, http://142.250.72.14:80/", "from <A>, http://<A>:80/"),
         ("the host 3.11.7.1 answered", "the host <A> answered"),
         ("2400:cb00:2048:1::c629:d7a2", "<A>"),
+        ("2400:cb00:2048:1::c629:d7a2: no route to 2400:cb00::", "<A>: no route to <A>"),
+        ("1-415-555-2671, tel=+44 20 7946 0958", "<P>, tel=<P>"),
+        ("010-62345678-801 010-62345678/62345679 (010)62345678转801", "<P> <P> <P>"),
+        ("138-12345678", "<M>"),
+        ("110105 19491231 002X", "<I>"),
+        (
+            "手机１３８１２３４５６７８，身份证１１０１０５１９４９１２３１００２Ｘ，０１０－６２３４５６７８",
+            "手机<M>，身份证<I>，<P>",
+        ),
+        # UnionPay's, of 17 and 18 digits; the last digit makes the sums 60 and 60.
+        ("62220212345678903 622202123456789012", "<C> <C>"),
     ],
 )
 def test_personal_data_is_masked(text: str, masked: str) -> None:
@@ -49,12 +60,22 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
         "4111111111111112, 1111111111111111, ISBN 978-3-16-148410-0",  # wrong check digit; nobody's; a book
         "110105194912310021, 990105194912310028",  # wrong check digit; no such province
         "1600000000000, 15000000000 yuan, 13812345678901, A13812345678, 12812345678",
+        "17179869184 bytes, 16777216000",  # 2^34, and 1,000 times 2^24
+        "h@self.weight.t(), W@x.grad",
+        "42220212345678905",  # only UnionPay's are that long
         "x+1234567890, 100-200-3000, 1-2-3, 1234567890, 0.415-555-2671, 2 400 810",
         "我们在2023年售出了15000000000件，编号为20231112001。",
     ],
 )
 def test_other_numbers_and_signs_stay(text: str) -> None:
     assert MASK.apply(text) == (text, {})
+
+
+def test_in_code_more_is_a_number_or_a_product() -> None:
+    code = "size = 13812345678\nh = inputs@self.to + weight@layer.grad\nout = h@model.weight.T"
+    assert MASK.apply(code, "code") == (code, {})
+    comment = "# +86 138 1234 5678, (+86)13812345678, jane.doe@mail.com, x@y.org"
+    assert MASK.apply(comment, "code")[0] == "# <M>, <M>, <E>, <E>"
 
 
 def test_each_kind_is_counted_and_can_be_left_alone() -> None:

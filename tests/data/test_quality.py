@@ -1,5 +1,8 @@
 """The rules of Gopher, C4 and FineWeb on texts small enough to count by hand."""
 
+import random
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +143,15 @@ def test_fineweb_counts() -> None:
     )  # fmt: skip
 
 
+def test_lines_of_speech_end_with_a_quote() -> None:
+    assert scores("fineweb", "He said: \"Go.\"\nNo\n'Why?'\nYes")["terminal_lines"] == 2 / 4
+
+
 def test_c4_counts_sentences() -> None:
     found = scores("c4", 'He said: "Go." Then 3.5 of us went... Why?\n\nA heading\n真的。“是吗？”是。')
     assert found["sentences"] == 3 + 1 + 3
+    # Each run of marks is one end, and none where nothing follows: lines, and ends between them.
+    assert scores("c4", "Well... no?! Go.\n真的？！是。。。\n“好。”")["sentences"] == 3 + 2 + 1
     assert scores("c4", "Lorem Ipsum {x} {")["curly_brackets"] == 2
     assert scores("c4", "Lorem Ipsum {x} {")["lorem_ipsum"] == 1
 
@@ -168,6 +177,39 @@ def test_prose_passes_every_rule() -> None:
 )
 def test_what_is_no_prose_is_removed(text: str, language: str, rule: str) -> None:
     assert rule in removed_by(text, language)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unit", "language"),
+    [("the {n} ", "en"), ("ab\n", "en"), ("{han}", "zh"), ("{han}。\n", "zh"), ("x={n};\n", "code")],
+)
+def test_ten_million_characters_take_little_memory(unit: str, language: str) -> None:
+    han = list(map(chr, range(0x4E00, 0x9FA5)))
+    draw = random.Random(0)
+    units = (
+        unit.format(n=draw.randrange(10**6), han=draw.choice(han)) for _ in range(10_000_000 // len(unit))
+    )
+    text = "".join(units)
+    document = Document(id="x", text=text * (10_000_000 // len(text) + 1), source="s", language=language)
+    assert len(document.text) >= 10_000_000
+    tracemalloc.start()
+    try:
+        for name, rule in WEB.items():
+            if rule.applies(language):
+                tracemalloc.reset_peak()
+                rule.measure(document)
+                assert tracemalloc.get_traced_memory()[1] < 300_000_000, name
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_text_is_as_long_as_all_of_it_and_its_words_are_estimated() -> None:
+    text = "word " * 500_000
+    document = Document(id="x", text=text, source="s", language="en")
+    assert WEB["length"].measure(document) == (2_500_000,)
+    assert WEB["quality"].measure(document)[0] == 500_000
+    assert WEB["c4"].measure(replace(document, text=text + "{"))[1] == 1  # what it must not say is everywhere
 
 
 @pytest.mark.parametrize("name", ["quality", "repetition", "fineweb", "c4"])

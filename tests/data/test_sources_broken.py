@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,34 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes
     assert only.place == f"{path}:2"
     assert len(only.excerpt) <= 4 * 200
     json.dumps(only.excerpt).encode()
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n  {"text": "a"},\n  {"text": "b"}\n]\n', "  [ {\n"])
+def test_a_json_array_is_told_from_json_lines_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    documents, broken = both(
+        json_lines(tmp_path / "a.json"), r"a\.json:1: one array, not .* `jq -c '\.\[\]'`"
+    )
+    assert (len(documents), len(broken)) == (0, 1)
+
+
+def test_a_place_whose_name_is_no_utf_8_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode("中文.jsonl".encode("gbk"))
+    path.write_text('{"text": "fine"}\n{\n')
+    documents, (broken,) = both(json_lines(path), r"\\xd6\\xd0\\xce\\xc4\.jsonl:2: not JSON")
+    assert len(documents) == 1
+    json.dumps(broken.place, ensure_ascii=False).encode()
+
+
+def test_a_row_of_parquet_that_is_no_utf_8_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.array([b"one", b"caf\xe9", "三".encode()], pyarrow.binary())
+    unchecked = pyarrow.Array.from_buffers(pyarrow.string(), 3, texts.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": unchecked, "id": ["a", "b", "c"]}), path)
+    source = Parquet(**FILE | KEYS | {"paths": [str(path)], "id": "id"})
+    documents, (broken,) = both(source, r"a\.parquet:2: not UTF-8 \(.*0xe9.*\); mend the row")
+    assert [(document.id, document.text) for document in documents] == [("a", "one"), ("c", "三")]
+    assert broken.excerpt == "caf\\xe9"
 
 
 def test_a_line_of_exactly_the_longest_size_is_read(tmp_path: Path) -> None:

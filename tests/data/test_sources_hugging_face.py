@@ -55,6 +55,13 @@ def test_a_configuration_a_folder_and_columns_can_be_chosen(folder: Path) -> Non
     assert len(list(source(folder, folder="zh").documents())) == 4
 
 
+def test_columns_that_nobody_wants_are_not_read(folder: Path, tmp_path: Path) -> None:
+    assert next(iter(source(folder, config="en", id="uid")._stream())).keys() == {"text", "uid"}
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "a.jsonl").write_text('{"text": "one", "n": 1}\n')
+    assert [document.text for document in source(tmp_path / "json").documents()] == ["one"]
+
+
 def test_a_missing_column_and_a_missing_data_set_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"no column 'body' among \['text', 'uid', 'lang'\]"):
         list(source(folder, config="en", text="body").documents())

@@ -4,6 +4,7 @@ import gzip
 import io
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,42 @@ def test_chinese_is_read_whatever_the_server_says_of_it(tmp_path: Path, declared
     )
     (document,) = source(tmp_path / "a.warc.gz").documents()
     assert sentence in document.text
+
+
+@pytest.mark.parametrize(
+    "charset", ["undefined", "a\0b", "hex", "punycode", "idna", "x" * 10_000, "\ud800", "utf-16"]
+)
+def test_no_charset_that_a_server_names_stops_the_work(tmp_path: Path, charset: str) -> None:
+    rule = source(tmp_path / "a.warc")
+    assert "river rises" in rule._main_text(PAGE.encode(), charset) or charset == "utf-16"
+    long = PAGE.replace("<nav>", "<nav>" + "hill-" * 100_000).encode()
+    start = time.process_time()
+    rule._main_text(long, charset)
+    assert time.process_time() - start < 10  # punycode takes the square of its length
+
+
+def test_a_page_on_which_trafilatura_fails_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.warc").write_bytes(archive(page("1"), text("2", b"after"), compressed=False))
+
+    def extract(*_: Any, **__: Any) -> str:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr("trafilatura.extract", extract)
+    broken, document = read(source(tmp_path / "a.warc", on_error="quarantine"))
+    assert str(broken).startswith(
+        f"{tmp_path}/a.warc:1: trafilatura cannot read it (RecursionError: too deep)"
+    )
+    assert document == Document("urn:uuid:2", "after", "web")
+
+
+def test_an_id_that_comes_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.wet.gz").write_bytes(archive(text("1", b"one"), text("2", b"two"), text("1", b"three")))
+    first, second, broken = read(source(tmp_path / "a.wet.gz", on_error="quarantine"))
+    assert isinstance(first, Document)
+    assert isinstance(second, Document)
+    assert str(broken).startswith(f"{tmp_path}/a.wet.gz:3: the id 'urn:uuid:1' has come before in this file")
 
 
 @pytest.mark.parametrize("after", [b"", b"what does not belong here" * 2000])

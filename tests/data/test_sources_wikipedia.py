@@ -4,13 +4,16 @@ import bz2
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.sax.saxutils import escape
 
+import mwparserfromhell
 import pytest
+from mwparserfromhell.parser import ParserError
 
 from megachat.data.document import Broken, Document
-from megachat.data.sources import Files, Wikipedia
+from megachat.data.sources import Files, Wikipedia, wikipedia
 from megachat.data.sources.wikipedia import plain_text
 
 HEAD = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" xml:lang="en"><siteinfo></siteinfo>\n'
@@ -65,6 +68,11 @@ def test_articles_are_read_and_redirects_and_talk_are_not(tmp_path: Path, name: 
         ("艾达[[文件:A.jpg|缩略图|图]]是人（{{lang|en|Ada}}，）。[[分类:人物]][[en:Ada]]", "艾达是人。"),
         ("== Life ==\n* One\n* [http://example.org Two]", "Life\n One\n Two".replace("\n ", "\n")),
         ("A\n{| class=x\n! a !! b\n|-\n| 1 || {{t}}\n|}\nB", "A\n\nB"),
+        (
+            "In [[CSI: Miami]], [[Re:Zero]] and [[UFC: Live|a fight]]. [[DE:Ada]][[zh-min-nan:Ada]]",
+            "In CSI: Miami, Re:Zero and a fight.",
+        ),
+        ("He speaks [[de:Deutsch|German]].", "He speaks German."),  # to be read, and not at the margin
         ("See [[:Category:People|the people]].<!-- not this -->", "See the people."),
         ("一台-{zh-hans:计算机; zh-hant:電腦}-和-{A|zh-tw:軟體; zh-cn:软件}-", "一台计算机和软件"),
         ("-{H|zh-cn:软件; zh-tw:軟體}-名为-{只此}-", "名为只此"),
@@ -86,6 +94,31 @@ def test_a_dump_cut_off_or_damaged_gives_the_pages_before(tmp_path: Path) -> Non
         found = [found for part in quarantine.parts() for found in quarantine.read(part)]
         assert found[:-1] == ARTICLES[:1]
         assert isinstance(found[-1], Broken)
+
+
+def test_other_xml_is_an_error_and_not_an_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "feed.xml").write_text("<rss><channel><title>News</title></channel></rss>")
+    with pytest.raises(ValueError, match=r"feed\.xml: no dump of Wikipedia: it begins with <rss>"):
+        list(source(tmp_path / "feed.xml").documents())
+    quarantine = source(tmp_path / "feed.xml", on_error="quarantine")
+    assert len([found for part in quarantine.parts() for found in quarantine.read(part)]) == 1
+
+
+def test_a_page_that_breaks_the_parser_or_comes_twice_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(wikitext: str) -> Any:
+        if "[[sea" in wikitext:
+            raise ParserError("impossible state")
+        return mwparserfromhell.parse(wikitext)
+
+    monkeypatch.setattr(wikipedia, "need", lambda _: SimpleNamespace(parse=parse))
+    (tmp_path / "a.xml").write_text(HEAD + "".join([*PAGES, PAGES[0]]) + "</mediawiki>")
+    rule = source(tmp_path / "a.xml", on_error="quarantine")
+    document, unread, twice = [found for part in rule.parts() for found in rule.read(part)]
+    assert document == ARTICLES[0]
+    assert str(unread).startswith(f"{tmp_path}/a.xml:4: cannot be read (ParserError: ")
+    assert str(twice) == f"{tmp_path}/a.xml:5: the id '10' has come before in this file; fetch the dump again"
 
 
 def test_a_page_that_is_too_long_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Any of them may be compressed (.gz, .bz2, .zst), and lie anywhere that fsspec re
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,6 +32,10 @@ KNOWN = [".jsonl", ".json", ".parquet", ".txt", ".md", ".warc", ".wet", ".xml", 
 """Endings that `Files` knows; the last three come after one of the others."""
 
 
+_array = re.compile(r"\s*\[\s*(\{|$)")
+"""How a file of JSON begins that is no JSON lines."""
+
+
 class FileSource(Outside):
     """Files; each is a part."""
 
@@ -53,6 +58,10 @@ class JsonLines(Keys, FileSource):
         for number, line in scan_lines(part.place, self.longest):
             if isinstance(line, Broken):
                 yield number, line
+            elif number == 1 and _array.match(line):
+                message = "one array, not an object on each line; convert it, as with `jq -c '.[]'`"
+                yield number, Broken(f"{part.place}:{number}", message, excerpt(line))
+                return
             elif line.strip():
                 try:
                     yield number, json.loads(line)
@@ -92,7 +101,7 @@ class Parquet(Keys, FileSource):
         try:
             with open_bytes(part.place) as file:
                 # Parquet is read from its end: what is compressed must be in memory as a whole.
-                whole = part.place.endswith(COMPRESSED)
+                whole = part.place.lower().endswith(COMPRESSED)
                 table = pyarrow.parquet.ParquetFile(
                     pyarrow.BufferReader(file.read()) if whole else file,
                     buffer_size=1 << 20,
@@ -108,8 +117,12 @@ class Parquet(Keys, FileSource):
                 )
                 rows = max(1, min(1024, BATCH // (largest + 1)))
                 for batch in table.iter_batches(batch_size=rows, columns=self.keys):
-                    for record in batch.to_pylist():
+                    for record in _records(batch):
                         row += 1
+                        if isinstance(record, UnicodeDecodeError):
+                            message = f"not UTF-8 ({record}); mend the row or delete it"
+                            yield row, Broken(f"{part.place}:{row}", message, excerpt(record.object))
+                            continue
                         text = record[self.text]
                         if isinstance(text, str) and len(text.encode()) > self.longest:
                             yield row, too_long(f"{part.place}:{row}", "row", self.longest, text)
@@ -117,6 +130,18 @@ class Parquet(Keys, FileSource):
                             yield row, record
         except (pyarrow.ArrowException, *DAMAGE) as why:
             yield row + 1, damaged(f"{part.place}:{row + 1}", why)
+
+
+def _records(batch: Any) -> Iterator[Any]:
+    """The rows of a batch, and in place of one that is no UTF-8 the error."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as why:
+                yield why
 
 
 class Files(Keys, Outside):

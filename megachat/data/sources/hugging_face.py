@@ -10,7 +10,7 @@ from megachat.data.sources.base import Keys, Outside, Part
 
 
 class HuggingFace(Keys, Outside):
-    """A data set by its name, through `datasets.load_dataset(..., streaming=True)`: nothing is kept on disk.
+    """A data set by its name, streamed as `datasets.load_dataset` does: nothing is kept on disk.
 
     Its shards are the parts: its files, as a rule.
     A shard that is damaged ends the work, whatever `on_error` says; a row without text does not.
@@ -46,11 +46,18 @@ class HuggingFace(Keys, Outside):
             raise ValueError(f"{self.dataset}/{part.name}:{row + 1}: cannot be read ({why})") from why
 
     def _stream(self) -> Any:
-        return _load(self.dataset, self.config, self.folder, self.split, self.revision)
+        return _load(self.dataset, self.config, self.folder, self.split, self.revision, tuple(self.keys))
 
 
 @functools.lru_cache(maxsize=8)
-def _load(dataset: str, config: str | None, folder: str | None, split: str, revision: str | None) -> Any:
+def _load(
+    dataset: str,
+    config: str | None,
+    folder: str | None,
+    split: str,
+    revision: str | None,
+    keys: tuple[str, ...],
+) -> Any:
     """The stream; cached, because the Hub is asked for the names of the files, and each part would ask."""
     before = os.environ.get("USE_TORCH")
     # Looked at on import. With torch, every process that cleans text would load it.
@@ -63,9 +70,14 @@ def _load(dataset: str, config: str | None, folder: str | None, split: str, revi
         else:
             os.environ["USE_TORCH"] = before
     try:
-        return datasets.load_dataset(
-            dataset, config, data_dir=folder, split=split, revision=revision, streaming=True
-        )
+        builder = datasets.load_dataset_builder(dataset, config, data_dir=folder, revision=revision)
+        stream = builder.as_streaming_dataset(split=split)
+        # Parquet need not fetch columns that nobody wants. Where one that is wanted is missing, the whole row
+        # is, to say what there is.
+        if hasattr(builder.config, "columns") and {*keys} < {*(stream.features or ())}:
+            builder.config.columns = list(dict.fromkeys(keys))
+            stream = builder.as_streaming_dataset(split=split)
+        return stream
     except (OSError, ValueError, ConnectionError) as why:  # DatasetNotFoundError is a FileNotFoundError
         raise ValueError(
             f"dataset {dataset!r}: {why}. One that is gated wants you to accept its terms and `hf auth login`"

@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from megachat.data.document import matching, need
-from megachat.data.sources.base import Part
+from megachat.data.sources.base import Part, readable
 
 
 def files(patterns: list[str], setting: str, folders: bool = False) -> list[Part]:
@@ -30,7 +30,7 @@ def files(patterns: list[str], setting: str, folders: bool = False) -> list[Part
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(split[0][:-1], split[-1][:-1], strict=False))
     common = len(list(alike))
     return [
-        Part(_readable("/".join(steps[common:])), sizes["/".join(steps)], "/".join(steps)) for steps in split
+        Part(readable("/".join(steps[common:])), sizes["/".join(steps)], "/".join(steps)) for steps in split
     ]
 
 
@@ -41,10 +41,12 @@ def _local(pattern: str, folders: bool) -> dict[str, int]:
 
 
 def _remote(pattern: str, folders: bool) -> dict[str, int]:
+    fsspec = need("fsspec")
     try:
-        system, path = need("fsspec").url_to_fs(pattern)
+        system, path = fsspec.url_to_fs(pattern)
     except ImportError as why:  # of s3fs, gcsfs, ...
-        raise ValueError(f"{pattern}: {why}; `pip install 'megachat[data]'` brings it") from None
+        extra = "data" if pattern.startswith(("hf:", "http")) else "cloud"
+        raise ValueError(f"{pattern}: {why}; `pip install 'megachat[{extra}]'` brings it") from None
     except ValueError as why:
         raise ValueError(f"{pattern}: {why}; mend the pattern") from None
     if folders and system.isdir(path):
@@ -55,8 +57,3 @@ def _remote(pattern: str, folders: bool) -> dict[str, int]:
         # As in a local pattern, what is hidden is not meant.
         if info["type"] == "file" and not os.path.basename(name).startswith(".")
     }
-
-
-def _readable(name: str) -> str:
-    """A path as text that can be written as UTF-8, whatever bytes its name has."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -5,12 +5,13 @@ finds, as for FineWeb (Penedo et al., 2024, https://arxiv.org/abs/2406.17557): m
 file has, are left out.
 """
 
+import codecs
 import io
 from collections.abc import Iterator
 from typing import Any
 
 from megachat.data.document import DAMAGE, Broken, Document, damaged, excerpt, need, open_bytes, too_long
-from megachat.data.sources.base import Part
+from megachat.data.sources.base import Part, Seen
 from megachat.data.sources.files import FileSource
 
 
@@ -27,13 +28,14 @@ class WebArchive(FileSource):
         archives = need("warcio.archiveiterator")
         exceptions = need("warcio.exceptions")
         number, record = 0, None
+        seen = Seen("fetch the file again")
         try:
             with open_bytes(part.place) as file:
                 for record in archives.ArchiveIterator(_Stream(file), verify_http=False):
                     number += 1
                     if record.format != "warc" or record.length is None:
                         raise exceptions.ArchiveLoadFailed("here is no record of a WARC file")
-                    if found := self._read(record, f"{part.place}:{number}", f"{part.name}:{number}"):
+                    if found := self._read(record, f"{part.place}:{number}", f"{part.name}:{number}", seen):
                         yield found
                 # It takes an end in the middle of a record for the end of the record.
                 if record is not None and record.raw_stream.limit > 0:
@@ -41,7 +43,7 @@ class WebArchive(FileSource):
         except (exceptions.ArchiveLoadFailed, *DAMAGE) as why:
             yield damaged(f"{part.place}:{max(number, 1)}", why)
 
-    def _read(self, record: Any, place: str, number: str) -> Document | Broken | None:
+    def _read(self, record: Any, place: str, number: str, seen: Seen) -> Document | Broken | None:
         media, charset = _content_type(record)
         page = media in ("text/html", "application/xhtml+xml") and _was_found(record)
         if not page and not (record.rec_type == "conversion" and media == "text/plain"):
@@ -53,26 +55,39 @@ class WebArchive(FileSource):
             pass
         if record.raw_stream.limit > 0:  # cut off: `records` says so
             return None
+        if page:
+            need("trafilatura")  # here, because what it raises below is the page's fault
         own = (record.rec_headers.get_header("WARC-Record-ID") or number).strip("<>")
         try:
+            seen.add(own)
             text = self._main_text(content, charset) if page else content.decode("utf-8")
         except UnicodeDecodeError as why:
             return Broken(place, f"not UTF-8 ({why}); make the WET file again", excerpt(content))
+        except ValueError as why:
+            return Broken(place, str(why), excerpt(content))
         return Document(own, text, self.name)
 
     def _main_text(self, page: bytes, charset: str | None) -> str:
         try:
-            html: str | bytes = page.decode(charset) if charset else page
-        except (LookupError, UnicodeDecodeError):  # servers are often wrong about it; trafilatura guesses
+            # Servers are often wrong about it, and then trafilatura guesses. Punycode is for names: a page of
+            # it would take hours.
+            known = charset and codecs.lookup(charset).name not in ("punycode", "idna")
+            html: str | bytes = page.decode(charset) if charset and known else page
+        except (LookupError, ValueError):
             html = page
-        # `deduplicate` remembers earlier pages, and the text of one would depend on who read them.
-        text = need("trafilatura").extract(
-            html,
-            output_format="txt",
-            include_comments=False,
-            favor_precision=self.precise,
-            deduplicate=False,
-        )
+        try:
+            # `deduplicate` remembers earlier pages, and the text of one would depend on who read them.
+            text = need("trafilatura").extract(
+                html,
+                output_format="txt",
+                include_comments=False,
+                favor_precision=self.precise,
+                deduplicate=False,
+            )
+        except MemoryError:
+            raise
+        except Exception as why:  # of any of the parsers that it uses
+            raise ValueError(f"trafilatura cannot read it ({type(why).__name__}: {why})") from why
         return text or ""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from megachat.data.document import DAMAGE, Broken, Document, damaged, need, open_bytes, too_long
-from megachat.data.sources.base import Part
+from megachat.data.sources.base import Part, Seen
 from megachat.data.sources.files import FileSource
 
 NOT_PROSE = ["file", "image", "media", "category", "文件", "檔案", "档案", "图像", "圖像", "分类", "分類"]
@@ -19,12 +19,30 @@ NOT_PROSE = ["file", "image", "media", "category", "文件", "檔案", "档案",
 LEFT_OUT = {"ref", "table", "gallery", "math", "chem", "score", "timeline", "imagemap", "syntaxhighlight"}
 """Tags of which nothing stays."""
 
-OTHER_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*")
+LANGUAGES = frozenset(
+    """
+    aa ab abr ace ady af ak als alt am ami an ang ann anp ar arc ary arz as ast atj av avk awa ay az azb ba
+    ban bar bat-smg bbc bcl bdr be be-tarask be-x-old bew bg bh bi bjn blk bm bn bo bpy br bs btm bug bxr ca
+    cbk-zam cdo ce ceb ch cho chr chy ckb co cr crh cs csb cu cv cy da dag de dga din diq dsb dtp dty dv dz
+    ee el eml en eo es et eu ext fa fat ff fi fiu-vro fj fo fon fr frp frr fur fy ga gag gan gcr gd gl glk
+    gn gom gor got gpe gsw gu guc gur guw gv ha hak haw he hi hif ho hr hsb ht hu hy hyw hz ia iba id ie ig
+    igl ii ik ilo inh io is it iu ja jam jbo jv ka kaa kab kbd kbp kcg kg kge ki kj kk kl km kn knc ko koi
+    kr krc ks ksh ku kus kv kw ky la lad lb lbe lez lfn lg li lij lld lmo ln lo lrc lt ltg lv lzh mad mai
+    map-bms mdf mg mh mhr mi min mk ml mn mni mnw mo mos mr mrj ms mt mus mwl my myv mzn na nah nan nap nds
+    nds-nl ne new ng nia nl nn no nov nqo nr nrm nso nup nv ny oc olo om or os pa pag pam pap pcd pcm pdc
+    pfl pi pih pl pms pnb pnt ps pt pwn qu rki rm rmy rn ro roa-rup roa-tara rsk ru rue rup rw sa sah sat sc
+    scn sco sd se sg sgs sh shi shn shy si simple sk skr sl sm smn sn so sq sr srn ss st stq su sv sw syl
+    szl szy ta tay tcy tdd te tet tg th ti tig tk tl tly tn to tpi tr trv ts tt tum tw ty tyv udm ug uk ur
+    uz ve vec vep vi vls vo vro wa war wo wuu xal xh xmf yi yo yue za zea zgh zh zh-classical zh-min-nan
+    zh-yue zu
+    """.split()
+)
+"""The languages of Wikipedia, with which links to the same article begin; `csi:` and `re:` begin titles."""
 
 VARIANTS = re.compile(r"-\{(?:([^{}|]*)\|)?([^{}]*)\}-")
 """-{zh-hans:计算机; zh-hant:電腦}-; before a bar stand flags."""
 
-HOLES = re.compile(r"[ \t]*(?:\([\s;,:]*\)|（[\s;,:；，：、]*）)")
+HOLES = re.compile(r"(?<![ \t])[ \t]*(?:\([\s;,:]*\)|（[\s;,:；，：、]*）)")
 """Brackets of which the templates were all the content."""
 
 
@@ -32,17 +50,20 @@ class Wikipedia(FileSource):
     """The articles of a dump, title first; the id of a document is that of its page. No redirects."""
 
     def records(self, part: Part) -> Iterator[Document | Broken]:
-        number = 0
+        need("mwparserfromhell")  # here, because what it raises below is the page's fault
+        number, seen = 0, Seen("fetch the dump again")
         try:
             with open_bytes(part.place) as file:
                 for number, page in enumerate(_pages(file), 1):
                     place = f"{part.place}:{number}"
-                    if found := self._read(page, place):
+                    if found := self._read(page, place, seen):
                         yield found
         except (ElementTree.ParseError, *DAMAGE) as why:
             yield damaged(f"{part.place}:{number + 1}", why)
+        except _NoDump as why:
+            yield Broken(part.place, str(why), excerpt=part.name)
 
-    def _read(self, page: Any, place: str) -> Document | Broken | None:
+    def _read(self, page: Any, place: str, seen: Seen) -> Document | Broken | None:
         own, title, wikitext = (
             page.findtext(tag, "") for tag in ("{*}id", "{*}title", "{*}revision/{*}text")
         )
@@ -52,13 +73,28 @@ class Wikipedia(FileSource):
             return Broken(place, "a page without an id; fetch the dump again", title)
         if len(wikitext.encode()) > self.longest:
             return too_long(place, "page", self.longest, wikitext)
-        return Document(own, f"{title}\n\n{plain_text(wikitext)}", self.name)
+        try:
+            seen.add(own)
+        except ValueError as why:
+            return Broken(place, str(why), title)
+        try:
+            return Document(own, f"{title}\n\n{plain_text(wikitext)}", self.name)
+        except MemoryError:
+            raise
+        except Exception as why:  # ParserError, and whatever else hostile markup gets out of a parser
+            return Broken(place, f"cannot be read ({type(why).__name__}: {why}); leave the page out", title)
+
+
+class _NoDump(Exception):
+    """XML of another kind."""
 
 
 def _pages(file: Any) -> Iterator[Any]:
     """The pages of a dump, one in memory at a time."""
     events = ElementTree.iterparse(file, events=("start", "end"))
     _, root = next(events)
+    if (name := root.tag.rpartition("}")[2]) != "mediawiki":
+        raise _NoDump(f"no dump of Wikipedia: it begins with <{name}>; take the file out of the corpus")
     for event, element in events:
         if event == "end" and element.tag.rpartition("}")[2] == "page":
             yield element
@@ -91,7 +127,7 @@ def _node(node: Any) -> str:
         case "Wikilink":
             namespace, colon, _ = str(node.title).partition(":")
             namespace = namespace.strip().lower()
-            if colon and (namespace in NOT_PROSE or OTHER_LANGUAGE.fullmatch(namespace)):
+            if colon and (namespace in NOT_PROSE or (namespace in LANGUAGES and node.text is None)):
                 return ""
             return _prose(node.text or node.title).removeprefix(":")
         case "Tag":
