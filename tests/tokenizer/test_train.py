@@ -229,20 +229,20 @@ def test_a_tokenizer_that_loses_text_is_caught(tokenizer, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from megachat.__main__ import main
 from megachat.tokenizer import tokenizer, train
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "save":
     replacing = tokenizer.replacing
-    class Half:
-        def __init__(self, path):
-            self.inside = replacing(path)
-        def __enter__(self):
-            self.inside.__enter__().write_bytes(b"half")
+    @contextlib.contextmanager
+    def half(path):
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
             die()
-    tokenizer.replacing = Half
+            yield
+    tokenizer.replacing = half
 else:
     train.write_json = die                      # the tokenizer is there, its report is not
 main(sys.argv[2:])
