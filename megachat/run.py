@@ -22,6 +22,9 @@ from megachat.config import Config, decode, redact
 from megachat.files import replacing, sha256, write_json
 from megachat.log import Log, say
 
+APART = ("done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json", "notes.json")
+"""Files that tell how a stage went and are no output: later stages do not depend on them."""
+
 
 class Stage(Config):
     """One step of the pipeline. A subclass adds its settings, `reads`, and `execute`."""
@@ -206,8 +209,7 @@ def finish(stage: Stage, seconds: float) -> None:
     """
     outputs = {}
     for path in sorted(stage.folder.rglob("*")):
-        apart = path.name in ("done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json")
-        if path.is_file() and not apart and path.suffix not in (".safetensors", ".tmp"):
+        if path.is_file() and path.name not in APART and path.suffix not in (".safetensors", ".tmp"):
             outputs[str(path.relative_to(stage.folder))] = sha256(path)
     record = {"fingerprint": stage.fingerprint(), "seconds": round(seconds, 3), "outputs": outputs}
     write_json(stage.folder / "done.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

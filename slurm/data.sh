@@ -2,6 +2,7 @@
 # The data stage on any number of machines, with the overrides it takes anywhere else. With Ray (pip install
 # 'megachat[ray]'), which gives the tasks of each step to whoever is free:
 #   sbatch --nodes=8 slurm/data.sh run=runs/web corpus=[fineweb_edu]
+#   STAGE=encode sbatch --nodes=8 slurm/data.sh run=runs/web
 # Or as plain arrays, one for each step, each after the one before:
 #   for step in collect select sign exact alive join verify components settle filter; do
 #       after=$(sbatch --parsable --array=0-63 ${after:+--dependency=afterok:$after} slurm/data.sh stage=$step run=runs/web ...)
@@ -23,14 +24,14 @@ source slurm/env.sh
 export OMP_NUM_THREADS=1                # tasks are many; each is one thread
 
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    exec python -m megachat clean "$@" shard="$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"
+    exec python -m megachat "${STAGE:-clean}" "$@" shard="$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"
 fi
 if (( SLURM_JOB_NUM_NODES == 1 )); then
-    exec python -m megachat clean "$@"
+    exec python -m megachat "${STAGE:-clean}" "$@"
 fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_USAGE_STATS_ENABLED=0
 # One Ray for each job: its port follows from the job's number, below 32768, where Linux hands out ports to whoever asks.
 exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 ray symmetric-run \
     --address "$head:$((20000 + SLURM_JOB_ID % 12000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --num-cpus "$SLURM_CPUS_PER_TASK" -- python -m megachat clean executor=ray "$@"
+    --num-cpus "$SLURM_CPUS_PER_TASK" -- python -m megachat "${STAGE:-clean}" executor=ray "$@"

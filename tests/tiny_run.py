@@ -36,7 +36,7 @@ def make(run: Path, *stages: str) -> Path:
             "dedup=exact",
         ],
         "tokenizer": ["vocab=300", "threads=1"],
-        "encode": ["validation=0.1", "processes=1"],
+        "encode": ["validation=0.1", "executor.processes=1"],
     }
     for stage in ("clean", "tokenizer", "encode"):
         perform(Stage.of(compose(stage, [*common, *settings[stage]])))

@@ -1,7 +1,8 @@
 """Shows what a shard of tokens holds: python tools/show_shard.py runs/main/encode/train/wiki [--document 7]
 
 PREFIX is the path without `.bin`; a folder shows every shard below it. On a terminal what is trained on is
-green and control tokens are dim; elsewhere a token is a line `number id mask text`.
+green and control tokens are dim; elsewhere a token is a line `number id mask text`. With --verify nothing is
+shown: the shards' files are compared with the sums in `manifest.json`, and status 1 says that some differ.
 """
 
 import argparse
@@ -9,10 +10,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megachat.data.shards import Shard
+from megachat.files import sha256
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 
+ENDINGS = (".mask.bin", ".bin", ".idx")
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
 
 
@@ -25,8 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--document", type=int, default=0, help="the first document to show, from 0")
     parser.add_argument("--count", type=int, default=1, help="how many to show")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model, or a folder or run that has one")
+    parser.add_argument("--verify", action="store_true", help="compare the files with manifest.json")
     given = parser.parse_args(arguments)
     try:
+        if given.verify:
+            wrong = differing(given.prefix)
+            if not wrong:
+                print("all files are what their manifest says")
+            parser.exit(1 if wrong else 0, "".join(f"{line}\n" for line in wrong))
         for prefix in prefixes(given.prefix):
             print("\n".join(shown(prefix, given.document, given.count, given.tokenizer)))
     except ValueError as error:
@@ -37,21 +47,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def prefixes(given: Path) -> list[Path]:
     """The shards that are meant."""
-    if given.suffix in (".bin", ".idx"):
-        given = given.with_suffix("")
     if not given.is_dir():
-        return [given]
+        return [bare(given)]
     found = sorted(path.with_suffix("") for path in given.rglob("*.idx"))
     if not found:
         raise ValueError(f"{given} holds no token shards (*.idx); `megachat encode` writes them")
     return found
 
 
+def bare(given: Path) -> Path:
+    """A shard's path without the ending of one of its files."""
+    ending = next((ending for ending in ENDINGS if given.name.endswith(ending)), "")
+    return given.with_name(given.name.removesuffix(ending))
+
+
+def differing(given: Path) -> list[str]:
+    """The files that are not what the manifest says of them, each with what is wrong."""
+    place = given.resolve() if given.is_dir() else bare(given).resolve()
+    above = [folder for folder in (place, *place.parents[:2]) if entries(folder)]  # train/wiki, train, or all
+    folders = above[:1] or sorted(path.parent for path in place.rglob("manifest.json"))
+    wrong, known = [], False
+    for folder in folders:
+        for name, entry in entries(folder).items():
+            prefix = folder / name
+            if place != prefix and place not in prefix.parents:
+                continue
+            for kind, expected in entry["sha256"].items():
+                path, known = Path(f"{prefix}.{kind}"), True
+                if not path.is_file():
+                    wrong.append(f"{path} is missing")
+                elif (found := sha256(path)) != expected:
+                    wrong.append(f"{path} has the sha256 {found[:12]}, and its manifest says {expected[:12]}")
+    if not known:
+        raise ValueError(
+            f"no manifest.json at {given} or above names its files; `megachat encode` writes it beside them"
+        )
+    return wrong
+
+
+def entries(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest, if it has one, says of shards."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("shards", {}) if path.is_file() else {}
+
+
 def shown(prefix: Path, first: int, count: int, tokenizer: Path | None = None) -> Iterator[str]:
     """A line on the shard, then its documents."""
     shard = Shard(prefix)
     words = tokenizer_of(prefix, tokenizer)
-    if not 0 <= first < len(shard):
+    if not 0 <= first < max(len(shard), 1):  # of a shard without documents there is the first line
         raise ValueError(f"{prefix} has {len(shard):,} documents; --document {first} is not below that")
     mask = shard.mask
     kind = "" if mask is None else f", {int(mask.sum()):,} of them trained on"
@@ -60,9 +104,10 @@ def shown(prefix: Path, first: int, count: int, tokenizer: Path | None = None) -
         start, stop = shard.documents[number : number + 2].tolist()
         yield f"--- document {number}: {stop - start:,} tokens"
         tokens = shard.tokens[start:stop].tolist()
-        if max(tokens) >= words.vocab:
+        largest = max(tokens, default=0)  # other programs write documents without tokens
+        if largest >= words.vocab:
             raise ValueError(
-                f"{prefix} has token {max(tokens)}, and the tokenizer only {words.vocab}: it is "
+                f"{prefix} has token {largest}, and the tokenizer only {words.vocab}: it is "
                 "another one's; name the right one with --tokenizer"
             )
         trained = [None] * len(tokens) if mask is None else mask[start:stop].tolist()

@@ -1,6 +1,8 @@
-"""The report's section on data: what cleaning removed and why, what it took for copies, what is left.
+"""The report's section on data: what cleaning removed and why, what it took for copies, what is left, and the
+tokens it became.
 
-Made from `clean/report.json`, of which any part may be missing: it is then not shown.
+Made from `clean/report.json`, of which any part may be missing, and from what `encode` tells: what is missing
+is not shown.
 """
 
 from collections import Counter
@@ -16,14 +18,14 @@ LISTED = 200
 
 def removals(facts: Facts) -> Html | None:
     """All that is told of the data."""
-    clean = facts["clean"]
-    if not clean:
+    clean, shards, encoding = (facts.get(name, {}) for name in ("clean", "encode", "encoding"))
+    if not (clean or shards.get("shards")):
         return None
     about = None
     if "documents" in clean:
         about = f"Cleaning kept {clean['documents']:,} documents, {size(clean.get('bytes', 0))}."
     parts = (steps, funnel, kept, lengths, clusters, hot_buckets, contamination, quarantine)
-    return section("Data", about, *[part(clean) for part in parts])
+    return section("Data", about, *[part(clean) for part in parts], tokens(shards), encoders(encoding))
 
 
 def steps(clean: Facts) -> Html | None:
@@ -237,6 +239,37 @@ def quarantine(clean: Facts) -> Html | None:
     rows = [[of["place"], clipped(of.get("why", ""))] for of in found.get("first", ())]
     about = f"{plural(found['count'], 'piece')} of the input could not be used and was set aside."
     return listed("Quarantine", about, ["Place", "Why"], rows, always=True)
+
+
+def tokens(shards: Facts) -> Html | None:
+    """The tokens of each source."""
+    sources: dict[str, Counter[str]] = {}
+    for entry in shards.get("shards", {}).values():
+        own = sources.setdefault(entry["source"], Counter())
+        own.update({unit: entry[unit] for unit in ("documents", "bytes", "tokens")})
+        own[entry["split"]] += entry["tokens"]
+    most = max((of["tokens"] for of in sources.values()), default=0)
+    rows: list[list[object]] = []
+    for name, of in sources.items():
+        bar = element("div", class_="bar", style=f"width:{100 * share(of['tokens'], most):.2f}%")
+        told = [f"{of[unit]:,}" for unit in ("documents", "tokens", "validation")]
+        rows.append([name, *told, f"{share(of['bytes'], of['tokens']):.2f}", bar])
+    if not rows:
+        return None
+    head = ["Source", "Documents", "Tokens", "For validation", "Bytes per token", ""]
+    return join([element("h3", "Tokens by source"), table(head, rows, numeric=(1, 2, 3, 4), bars=(5,))])
+
+
+def encoders(encoding: Facts) -> Html | None:
+    """Who encoded the text, and where gigatoken was not trusted."""
+    files = encoding.get("encoders", {})
+    if not files:
+        return None
+    by = ", ".join(f"{name} {plural(count, 'file')} of text" for name, count in files.items())
+    both = f"; {plural(encoding['compared'], 'document')} by both" if encoding.get("compared") else ""
+    rows: list[list[object]] = [[clipped(mistake)] for mistake in encoding.get("mistakes", ())]
+    about = "These files of text were encoded by sentencepiece, for gigatoken was wrong."
+    return join([note(f"Encoded by {by}{both}."), listed("Encoder fallbacks", about, ["Why"], rows)])
 
 
 def listed(

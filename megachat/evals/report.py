@@ -93,6 +93,7 @@ def gather(run: Path) -> Facts:
         "clean": read_json(run / "clean" / "report.json"),
         "tokenizer": read_json(run / "tokenizer" / "report.json"),
         "encode": read_json(run / "encode" / "manifest.json"),
+        "encoding": read_json(run / "encode" / "notes.json"),
         "versions": versions(),
         "configs": {stage: config for stage, config in configs.items() if config},
     }

@@ -1,7 +1,7 @@
 """What turns many texts into ids at once: sentencepiece, or gigatoken, which is the same many times as fast.
 
-gigatoken (on PyPI) is given the tokenizer as `tokenizer_json`. It is young, and
-its ids are ours only as far as they have been compared: `encode` compares some of every shard.
+gigatoken (on PyPI) is given the tokenizer as `tokenizer_json`. It is young, and its ids are ours only as far
+as they have been compared: `Checked` compares some of every batch.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megachat.data.conversations import share
+from megachat.data.document import Document
 from megachat.tokenizer.tokenizer import SPACE, Tokenizer
 from megachat.tokenizer.tokenizer_json import tokenizer_json
 
@@ -79,3 +81,44 @@ Encoder = SentencePiece | Gigatoken
 def encoder(name: Name, tokenizer: Tokenizer) -> Encoder:
     """The encoder of that name."""
     return Gigatoken(tokenizer) if name == "gigatoken" else SentencePiece(tokenizer)
+
+
+class Mistake(Exception):
+    """The fast encoder failed, or its ids are not sentencepiece's."""
+
+
+class Checked:
+    """A fast encoder, some of whose ids are compared with sentencepiece's; a difference is a `Mistake`."""
+
+    def __init__(self, fast: Encoder, plain: SentencePiece, vocab: int, compared: float) -> None:
+        """`compared` is the share of documents that are, besides the first of each batch."""
+        self.fast, self.plain, self.vocab, self.compared = fast, plain, vocab, compared
+        self.count = 0
+        """Documents that were compared."""
+
+    def encode(self, batch: Sequence[Document]) -> Ids:
+        """The ids of each text, between `bos` and `eos`."""
+        texts = [document.text for document in batch]
+        try:
+            ids, lengths = self.fast.encode(texts)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as why:  # a panic of Rust is no Exception
+            raise Mistake(f"gigatoken failed at {batch[0].id} or after it: {why!r}") from None
+        fit = len(lengths) == len(texts) and lengths.min() > 0 and lengths.sum() == len(ids)
+        if not fit or ids.min() < 0 or ids.max() >= self.vocab:
+            raise Mistake(f"gigatoken's ids of {batch[0].id} and those after it are none of this vocabulary")
+        # Not the hash that decides on validation: of that, all of one side would be compared, or none.
+        chosen = [
+            row for row, document in enumerate(batch) if not row or share(f"= {document.id}") < self.compared
+        ]
+        right, sizes = self.plain.encode([texts[row] for row in chosen])
+        stops = np.cumsum(lengths)
+        for row, expected in zip(chosen, np.split(right, np.cumsum(sizes)[:-1]), strict=True):
+            found = ids[stops[row] - lengths[row] : stops[row]]
+            if not np.array_equal(found, expected):
+                same = min(len(found), len(expected))
+                at = int(np.append(np.flatnonzero(found[:same] != expected[:same]), same)[0])
+                raise Mistake(f"gigatoken's ids of {batch[row].id} differ from sentencepiece's at token {at}")
+        self.count += len(chosen)
+        return ids, lengths

@@ -4,16 +4,19 @@ The idea is Sennrich et al.'s (2016, https://arxiv.org/abs/1508.07909), the prog
 sentencepiece (2018, https://arxiv.org/abs/1808.06226). It learns from a sample, in which every language has
 its share: its bytes to a power below 1 (Conneau and Lample, 2019, https://arxiv.org/abs/1901.07291), so that
 a small one gets tokens, too. Which documents are in it follows from their ids and the seed, so it is the same
-however the corpus is ordered and cut into shards. Runs of spaces may be tokens: without that, indented code
-needs half as many tokens again. What no token covers falls back to bytes, so there is no text it cannot
-encode.
+however the corpus is ordered and cut into shards. The report of `clean` says how much there is of each
+language, so budgets are known before the text is read, and no more is held than is learnt from. Runs of
+spaces may be tokens: without that, indented code needs half as many tokens again. What no token covers falls
+back to bytes, so there is no text it cannot encode.
 """
 
 import heapq
 import io
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import sentencepiece
@@ -58,8 +61,9 @@ class TrainTokenizer(Stage):
 
     def execute(self) -> None:
         """Writes `tokenizer.model` and `report.json`."""
-        corpus = track(read_documents(self.input("clean")), "reading", unit="doc")
-        documents = balanced(corpus, self.sample_bytes, self.alpha, self.seed)
+        clean = self.input("clean")
+        corpus = track(read_documents(clean), "reading", unit="doc")
+        documents = balanced(corpus, sizes_in(clean), self.sample_bytes, self.alpha, self.seed)
         size = sum(len(document.text.encode()) for document in documents)
         say(f"learning {self.vocab} tokens from {len(documents)} documents, {size / 1e6:.1f} MB")
         texts = [document.text for document in documents]
@@ -77,42 +81,36 @@ class TrainTokenizer(Stage):
         say(f"bytes per token: {', '.join(rates)}")
 
 
+Entry = tuple[float, str, str, str, str, int]
+"""A document by its place in samples, the first largest: minus the hash of its id; source, id, and text, by
+which those with one hash are told apart; language; and bytes."""
+
+
 class Smallest:
     """The documents with the smallest hashes of their ids, together `most` bytes, which bounds the memory."""
 
     def __init__(self, most: int, seed: int) -> None:
         self.most, self.seed = most, seed
-        self.seen = 0
-        """Bytes of all documents that were offered."""
-        self._heap: list[tuple[float, str, int, int, Document]] = []  # the largest hash on top
+        self._heap: list[Entry] = []  # the largest hash on top
         self._size = 0
-        self._offered = 0
 
     def offer(self, document: Document) -> None:
         """Keeps the document if it is among the smallest so far."""
         size = len(document.text.encode())
-        self.seen += size
-        self._offered += 1  # two sources may use one id
         place = -share(f"{self.seed} {document.id}")
-        heapq.heappush(self._heap, (place, document.id, self._offered, size, document))
+        entry = (place, document.source, document.id, document.text, document.language, size)
+        heapq.heappush(self._heap, entry)
         self._size += size
-        while self._size - self._heap[0][3] >= self.most:
-            self._size -= heapq.heappop(self._heap)[3]
+        while self._heap and self._size - self._heap[0][-1] >= self.most:
+            self._size -= heapq.heappop(self._heap)[-1]
 
-    def taken(self, most: int) -> list[tuple[float, str, int, Document]]:
-        """The first `most` bytes with their hashes, in order. The last document is cut to fit."""
-        assert most <= self.most
-        chosen = []
-        for place, name, offered, size, document in sorted(
-            self._heap, key=lambda item: (-item[0], *item[1:3])
-        ):
-            if most <= 0:
-                break
-            if size > most:
-                text = document.text.encode()[:most].decode(errors="ignore")
-                document = Document(document.id, text, document.source, document.language)
-            chosen.append((-place, name, offered, document))
-            most -= size
+    def taken(self) -> list[Entry]:
+        """Those kept, in order. The last is cut to fit."""
+        chosen = sorted(self._heap, reverse=True)
+        if self._size > self.most:
+            place, source, name, text, language, size = chosen[-1]
+            text = text.encode()[: size - (self._size - self.most)].decode(errors="ignore")
+            chosen[-1] = place, source, name, text, language, size
         return chosen
 
 
@@ -124,22 +122,41 @@ def sample(documents: Iterable[Document], most: int, seed: int) -> list[Document
     smallest = Smallest(most, seed)
     for document in documents:
         smallest.offer(document)
-    return [document for *_, document in smallest.taken(most)]
+    return in_order(smallest.taken())
 
 
-def balanced(documents: Iterable[Document], most: int, alpha: float, seed: int) -> list[Document]:
-    """Like `sample`, with a budget of its own for each language. Memory is bounded by `most` per language.
-
-    How much there is of a language is known only at the end, hence the most of each is kept until then.
-    """
+def balanced(
+    documents: Iterable[Document], sizes: Mapping[str, int], most: int, alpha: float, seed: int
+) -> list[Document]:
+    """Like `sample`, with a budget of its own for each language, which follows from `sizes`, its bytes."""
     if alpha == 1:  # shares as in the corpus: what any sample has
         return sample(documents, most, seed)
-    languages: dict[str, Smallest] = {}
+    kept = {language: Smallest(given, seed) for language, given in budgets(sizes, most, alpha).items()}
     for document in documents:
-        languages.setdefault(document.language, Smallest(most, seed)).offer(document)
-    given = budgets({language: one.seen for language, one in languages.items()}, most, alpha)
-    taken = [item for language, one in languages.items() for item in one.taken(given[language])]
-    return [document for *_, document in sorted(taken, key=lambda item: item[:2])]
+        if document.language not in kept:
+            raise ValueError(
+                f"{document.id} of {document.source} is in {document.language!r}, of which the report of "
+                "`clean` knows nothing; run `megachat clean` again"
+            )
+        kept[document.language].offer(document)
+    return in_order(entry for one in kept.values() for entry in one.taken())
+
+
+def in_order(entries: Iterable[Entry]) -> list[Document]:
+    """The documents as they come in a sample."""
+    return [
+        Document(name, text, source, language)
+        for _, source, name, text, language, _ in sorted(entries, reverse=True)
+    ]
+
+
+def sizes_in(clean: Path) -> dict[str, int]:
+    """The bytes of each language, from the report of `clean`."""
+    report = clean / "report.json"
+    if not report.is_file():
+        raise ValueError(f"{report} is missing; run `megachat clean` again")
+    languages = json.loads(report.read_text(encoding="utf-8"))["languages"]
+    return {language: counts["bytes"] for language, counts in languages.items()}
 
 
 def budgets(sizes: Mapping[str, int], most: int, alpha: float) -> dict[str, int]:
@@ -221,8 +238,9 @@ def _cut(line: str) -> Iterator[str]:
 
 
 def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, Any]:
-    """Bytes per token by language, and proof that text comes back as it went in."""
+    """Bytes and characters per token by language, and proof that text comes back as it went in."""
     sizes: dict[str, int] = defaultdict(int)
+    characters: dict[str, int] = defaultdict(int)
     tokens: dict[str, int] = defaultdict(int)
     round_trips = 0
     for document in track(documents, "checking", unit="doc"):
@@ -231,12 +249,18 @@ def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, An
         round_trips += 1
         for language in {"all", document.language or "other"}:
             sizes[language] += len(document.text.encode())
+            characters[language] += len(document.text)
             tokens[language] += len(encoded)
     for text in torture(1000):
         assert tokenizer.decode(tokenizer.encode(text)) == text, f"{text!r} does not come back as it went in"
         round_trips += 1
-    rates = {language: round(sizes[language] / max(1, tokens[language]), 3) for language in sorted(sizes)}
-    return {"bytes_per_token": rates, "round_trips": round_trips}
+    rates = {
+        f"{unit}_per_token": {
+            language: round(counts[language] / max(1, tokens[language]), 3) for language in sorted(counts)
+        }
+        for unit, counts in (("bytes", sizes), ("characters", characters))
+    }
+    return {**rates, "round_trips": round_trips}
 
 
 def torture(count: int) -> Iterator[str]:

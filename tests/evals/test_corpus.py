@@ -139,6 +139,28 @@ def test_nothing_from_a_corpus_becomes_markup():
     ElementTree.fromstring(page)
 
 
+def test_tokens_are_told_by_source_and_fallbacks_by_file():
+    entries = [("train", "web", 9, 400, 100), ("validation", "web", 1, 40, 10), ("train", EVIL, 2, 60, 20)]
+    shards = {
+        f"{split}/{source}": {"split": split, "source": source, "documents": documents}
+        | {"bytes": size, "tokens": tokens}
+        for split, source, documents, size, tokens in entries
+    }
+    encoding = {
+        "encoders": {"gigatoken": 2, "sentencepiece": 1},
+        "compared": 7,
+        "mistakes": [f"text-1: {EVIL}"],
+    }
+    page = removals({"clean": {}, "encode": {"shards": shards}, "encoding": encoding}) or ""
+    text = html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+    assert "web 10 110 10 4.00" in text
+    assert f"{EVIL} 2 20 0 3.00" in text
+    assert re.findall(r'class="bar" style="width:([\d.]+)%', page) == ["100.00", "18.18"]
+    assert "Encoded by gigatoken 2 files of text, sentencepiece 1 file of text; 7 documents by both." in text
+    assert f"text-1: {EVIL}" in text
+    assert "Encoder fallbacks" not in (removals({"encode": {"shards": shards}}) or "")
+
+
 def test_a_report_of_nothing_shows_nothing():
     assert removals({"clean": {}}) is None
     empty = {"rows": [], "funnel": [], "clusters": [], "contamination": [], "hot_buckets": []}

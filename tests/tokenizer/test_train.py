@@ -2,15 +2,22 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
+from megachat.__main__ import main
 from megachat.config import compose, decode
 from megachat.data.document import Document, write_documents
+from megachat.files import write_json
+from megachat.run import Stage, finished, perform
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.tokenizer.train import LINE, Smallest, balanced, budgets, lines, measure, sample, train
 from tests.tiny_model import finish
+from tests.tiny_run import environment
 
 DOCUMENTS = [Document(f"d{i}", f"{i:04}" * 25, "test") for i in range(100)]  # of 100 bytes each
 
@@ -54,9 +61,10 @@ def test_budgets_by_hand():
 
 def test_a_small_language_gets_its_share_and_the_order_does_not_matter():
     corpus = of("en", 900) + of("zh", 100)
-    chosen = balanced(corpus, 40_000, 0.5, seed=0)
+    sizes = {"en": 90_000, "zh": 10_000}
+    chosen = balanced(corpus, sizes, 40_000, 0.5, seed=0)
     assert Counter(one.language for one in chosen) == {"en": 300, "zh": 100}
-    assert balanced(random.Random(0).sample(corpus, 1000), 40_000, 0.5, seed=0) == chosen
+    assert balanced(random.Random(0).sample(corpus, 1000), sizes, 40_000, 0.5, seed=0) == chosen
     english = sample(corpus[:900], 30_000, seed=0)
     assert [one for one in chosen if one.language == "en"] == english  # the smallest hashes, as everywhere
 
@@ -65,20 +73,55 @@ def test_a_corpus_that_fits_is_taken_whole_whatever_the_weighting():
     corpus = of("en", 90) + of("zh", 10)
     everything = sample(corpus, 10_000, seed=0)
     assert len(everything) == 100
-    assert balanced(corpus, 10_000, 0.3, seed=0) == balanced(corpus, 10_000, 1.0, seed=0) == everything
+    sizes = {"en": 9000, "zh": 1000}
+    for alpha in (0.3, 1.0):
+        assert balanced(corpus, sizes, 10_000, alpha, seed=0) == everything
 
 
 def test_as_in_the_corpus_is_the_sample_that_knows_no_languages():
     corpus = of("en", 90) + of("zh", 10)
-    assert balanced(corpus, 5000, 1.0, seed=0) == sample(corpus, 5000, seed=0)
+    assert balanced(corpus, {"en": 9000, "zh": 1000}, 5000, 1.0, seed=0) == sample(corpus, 5000, seed=0)
 
 
 def test_no_more_than_the_budget_is_held_while_a_corpus_is_read():
     smallest = Smallest(1000, seed=0)
     for document in of("en", 500):
         smallest.offer(document)
-        assert sum(size for *_, size, _ in smallest._heap) < 1000 + 100  # and the document that crosses it
-    assert smallest.seen == 50_000
+        assert sum(size for *_, size in smallest._heap) < 1000 + 100  # and the document that crosses it
+
+
+def test_a_language_holds_its_own_budget_not_that_of_all(monkeypatch):
+    held, offer = 0, Smallest.offer
+
+    def counted(self, document):
+        nonlocal held
+        held -= self._size
+        offer(self, document)
+        held += self._size
+        assert held < 40_000 + 2 * 100  # and in each language the document that crosses its budget
+
+    monkeypatch.setattr(Smallest, "offer", counted)
+    balanced(of("en", 900) + of("zh", 900), {"en": 90_000, "zh": 90_000}, 40_000, 0.5, seed=0)
+    assert held >= 40_000
+
+
+def test_two_sources_with_the_same_ids_may_come_in_any_order():
+    corpus = [Document(f"{i}", f"{name}{i:03}" * 25, name) for i in range(50) for name in "ab"]
+    corpus += [Document("7", "other text " * 9 + "x", "a")]  # an id that is there twice
+    chosen = [sample(random.Random(order).sample(corpus, 101), 3350, seed=0) for order in range(5)]
+    assert all(one == chosen[0] for one in chosen)
+    assert len({one.source for one in chosen[0]}) == 2
+
+
+def test_a_language_of_which_clean_said_nothing_is_named():
+    with pytest.raises(ValueError, match=r"de0 of test is in 'de', of which the report of `clean` knows"):
+        balanced(of("de", 1), {"en": 100}, 50, 0.5, seed=0)
+
+
+def test_a_language_too_small_for_the_budget_is_left_out():
+    assert balanced(of("en", 9) + of("zh", 1), {"en": 900, "zh": 0}, 400, 0.5, seed=0) == sample(
+        of("en", 9), 400, seed=0
+    )
 
 
 def test_lines_for_the_trainer_are_short_and_lose_nothing():
@@ -138,11 +181,22 @@ def stage(run, *overrides):
     return decode(compose("tokenizer", [f"run={run}", "vocab=400", "sample_bytes=20000", *overrides]))
 
 
+def prepared(run, documents):
+    """A run folder in which `clean` has finished."""
+    write_documents(run / "clean", documents, per_shard=2)
+    languages = {}
+    for document in documents:
+        own = languages.setdefault(document.language, {"documents": 0, "bytes": 0})
+        own["documents"] += 1
+        own["bytes"] += len(document.text.encode())
+    write_json(run / "clean" / "report.json", {"languages": languages})
+    finish(run / "clean")
+
+
 def test_the_stage_writes_a_tokenizer_and_what_it_measured(run, texts):
     languages = ["code", "code", "zh"]
     documents = [Document(f"d{i}", text, "t", languages[i]) for i, text in enumerate(texts)]
-    write_documents(run / "clean", documents, per_shard=2)
-    finish(run / "clean")
+    prepared(run, documents)
     stage(run, "sample_bytes=1000000").execute()
     tokenizer = Tokenizer.load(run / "tokenizer")
     report = json.loads((run / "tokenizer" / "report.json").read_text())
@@ -159,6 +213,7 @@ def test_the_stage_writes_a_tokenizer_and_what_it_measured(run, texts):
         name: round(sum(size for size, _ in some) / sum(count for _, count in some), 3)
         for name, some in sorted(expected.items())
     }
+    assert report["characters_per_token"]["zh"] == round(len(texts[2]) / sizes[2][1], 3)
     assert sorted(path.name for path in (run / "tokenizer").iterdir()) == ["report.json", FILE]
 
 
@@ -171,3 +226,43 @@ def test_a_tokenizer_that_loses_text_is_caught(tokenizer, monkeypatch):
     monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: "lost")
     with pytest.raises(AssertionError, match="d1 does not come back as it went in"):
         measure(tokenizer, [Document("d1", "text", "test")])
+
+
+KILLED = """
+import contextlib, os, signal, sys
+from megachat.__main__ import main
+from megachat.tokenizer import tokenizer, train
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "save":
+    replacing = tokenizer.replacing
+    @contextlib.contextmanager
+    def half(path):
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            die()
+            yield
+    tokenizer.replacing = half
+else:
+    train.write_json = die                      # the tokenizer is there, its report is not
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_stage_makes_the_same_bytes_when_it_runs_again(run, texts):
+    documents = [Document(f"d{i}", text, "t", "code") for i, text in enumerate(texts)]
+    settings = ["vocab=400", "sample_bytes=20000", "threads=1", "log.wandb=disabled"]
+    prepared(run / "whole", documents)
+    perform(Stage.of(compose("tokenizer", [f"run={run / 'whole'}", *settings])))
+    prepared(run / "killed", documents)
+    arguments = ["tokenizer", f"run={run / 'killed'}", *settings]
+    for place in ("save", "report"):
+        command = [sys.executable, "-c", KILLED, place, *arguments]
+        done = subprocess.run(command, env=environment(), check=False)
+        assert done.returncode == -signal.SIGKILL, place
+        assert not finished(run / "killed" / "tokenizer")
+    main(arguments)
+    outputs = [finished(run / name / "tokenizer")["outputs"] for name in ("whole", "killed")]
+    assert [*outputs[0]] == ["report.json", FILE]
+    assert outputs[0] == outputs[1]

@@ -48,7 +48,7 @@ def encoded(run: Path, inputs: Path, more: int = 0) -> Path:
     again = [Document(f"{one.id}-{copy}", one.text, "b") for copy in range(more) for one in documents[:20]]
     write_documents(run / "clean", [*some, *again], per_shard=50)
     finish(run / "clean")
-    perform(Stage.of(compose("encode", [f"run={run}", "validation=0.1", "processes=1"])))
+    perform(Stage.of(compose("encode", [f"run={run}", "validation=0.1", "executor.processes=1"])))
     return run
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from megachat.data.document import SHARDS, Document, read_documents, read_lines, write_documents
+from megachat.data.document import SHARDS, Document, read_lines, write_documents
 from megachat.data.harvest import library_documents
 from megachat.data.shards import Shard
-from megachat.tokenizer import encode
+from megachat.tokenizer.encode import EncodeTexts
 from megachat.tokenizer.encoders import Name
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.tokenizer.tokenizer_json import tokenizer_json
@@ -124,14 +124,14 @@ def prepare(folder: Path, words: Tokenizer, documents: list[Document]) -> None:
 def stage(folder: Path, kind: Name) -> float:
     """Seconds from compressed text to shards on disk, as a process of `encode` that has started takes.
 
-    One text in a hundred is compared: 100 of the 10,000 in a file.
+    One text in a hundred is compared, and the first of each batch.
     """
-    texts = sorted((folder / "clean").glob(SHARDS))
-    compared = sum(1 for _ in read_documents(folder / "clean")) // 100 + 1
-    (folder / "parts").mkdir(exist_ok=True)
-    encode.start(encode.Task(folder / FILE, kind, compared, 1e-12, folder / "parts"))
-    seconds, parts = clock(lambda: list(map(encode.encode_file, texts)))
-    assert all(part.encoder == kind for part in parts), [part.mistake for part in parts]
+    texts = tuple(sorted((folder / "clean").glob(SHARDS)))
+    step = EncodeTexts("encode", folder / "parts", len(texts), folder / FILE, kind, 0.01, 1e-12, texts)
+    step.folder.mkdir(exist_ok=True)
+    assert step.fast  # made before the clock starts
+    seconds, records = clock(lambda: [step.work(task) for task in range(step.tasks)])
+    assert all(record["encoder"] == kind for record in records), records
     return seconds
 
 
