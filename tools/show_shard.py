@@ -101,7 +101,7 @@ def shown(prefix: Path, first: int, count: int, tokenizer: Path | None = None) -
     kind = "" if mask is None else f", {int(mask.sum()):,} of them trained on"
     yield f"{prefix}: {len(shard):,} documents, {len(shard.tokens):,} tokens{kind}"
     for number in range(first, min(first + count, len(shard))):
-        start, stop = shard.documents[number : number + 2].tolist()
+        start, stop = shard.starts(number, number + 2).tolist()
         yield f"--- document {number}: {stop - start:,} tokens"
         tokens = shard.tokens[start:stop].tolist()
         largest = max(tokens, default=0)  # other programs write documents without tokens
