@@ -27,8 +27,8 @@ def text(run: Path) -> Path:
 def test_a_finished_stage_is_done_again_when_a_setting_or_a_file_has_changed(run: Path, text: Path) -> None:
     perform(clean(run))
     assert not begin(clean(run))
-    assert not begin(clean(run, "processes=1"))  # changes nothing in what is made
-    assert begin(clean(run, "documents_per_shard=7"))
+    assert not begin(clean(run, "executor.processes=1"))  # changes nothing in what is made
+    assert begin(clean(run, "shards=7"))
     perform(clean(run))
     (text.parent / "b.txt").write_text("More text.")
     assert begin(clean(run))
@@ -37,10 +37,10 @@ def test_a_finished_stage_is_done_again_when_a_setting_or_a_file_has_changed(run
 def test_what_other_settings_made_is_set_aside(run: Path, text: Path) -> None:
     perform(clean(run))
     before = finished(run / "clean")
-    perform(clean(run, "documents_per_shard=7"))
+    perform(clean(run, "shards=7"))
     (aside,) = (run / "replaced").iterdir()
     assert finished(aside) == before
-    assert yaml.safe_load((aside / "config.yaml").read_text())["documents_per_shard"] > 7
+    assert yaml.safe_load((aside / "config.yaml").read_text())["shards"] == 0
 
 
 def test_what_was_set_aside_returns_when_nothing_could_be_made_in_its_place(run: Path, text: Path) -> None:
