@@ -29,7 +29,7 @@ def test_a_stop_word_is_not_cut_out_of_a_word() -> None:
     pytest.importorskip("jieba")
     text = "我们现在和平地生活"  # 现在 and 和平 have 在 and 和 in them
     assert transforms("classical")["stop_words"].apply(text, "zh") == text
-    assert transforms("classical")["stop_words"].apply("我和你在家", "zh") == "我你家"
+    assert transforms("classical")["stop_words"].apply("我和你", "zh") == "我你"
     for rule in transforms("classical").values():
         text = rule.apply(text, "zh")
     assert {"现在", "和平"} <= {*text.split(" ")}
