@@ -127,6 +127,7 @@ def test_other_programs_have_the_same_ids(name: str, prepared: encode.Prepared) 
     assert other["tokens"] == base["tokens"]
 
 
+@pytest.mark.slow
 def test_it_is_a_program() -> None:
     done = subprocess.run(
         [sys.executable, "tools/bench/encode.py", "--help"],

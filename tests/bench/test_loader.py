@@ -15,7 +15,7 @@ def test_a_plain_memmap_makes_the_tensors_that_training_is_given(tmp_path: Path)
     starts = np.random.default_rng(0).permutation((web.size - 1) // 256)
     windows = TokenWindows(web, 256)
     plain = loader.memmap(web, 256)(0)
-    ours = loader.collated([windows[number] for number in starts[: loader.BATCH]])
+    ours = loader.collated([windows[number] for number in starts[: loader.BATCH].tolist()])
     assert len(plain) == len(ours) == 8
     for one, other in zip(plain, ours, strict=True):
         assert torch.equal(one.inputs, other.inputs)

@@ -107,13 +107,12 @@ class Stage:
         times = [self._once(prepared, "all", f"all{number}") for number in range(repeat)]
         folder = self._run(prepared, f"all{repeat - 1}") / "encode"
         wall, seconds = (median(column) for column in zip(*times, strict=True))
-        encoders = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["encoders"]
         return {
             "wall": wall,
             "seconds": seconds,
             "start": median(few),
             "digests": list(written(folder, prepared)),
-            "fallen": sum(encoders.values()) - encoders.get(self.encoder, 0),
+            "fallen": fallen(folder, self.encoder),
         }
 
     def _run(self, prepared: Prepared, name: str) -> Path:
@@ -261,6 +260,15 @@ def written(folder: Path, prepared: Prepared) -> Iterator[str]:
     for document in prepared.documents:
         ids = next(own[SPLITS[share(document.id) < prepared.validation]])
         yield clock.digest(ids[1:-1].tolist())
+
+
+def fallen(folder: Path, encoder: str) -> int:
+    """How many files of text another encoder did, which the notes or the manifest tell."""
+    told: dict[str, Any] = {}
+    for path in (folder / "manifest.json", folder / "notes.json"):
+        if path.exists():
+            told |= json.loads(path.read_text(encoding="utf-8"))
+    return sum(count for name, count in told["encoders"].items() if name != encoder)
 
 
 def table(lines: Sequence[Program | Stage], absent: dict[str, str], prepared: Prepared, repeat: int) -> None:
