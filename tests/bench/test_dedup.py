@@ -97,4 +97,4 @@ def test_a_run_prints_speed_recall_and_precision(name: str):
     assert int(removed) >= 3
     assert float(megabytes) * float(seconds) == pytest.approx(0.45, abs=0.15)
     assert 50 < float(peak) < 400
-    assert disk == "memory" if name == "datasketch" else 290 < int(disk) < 330
+    assert disk == "memory" if name == "datasketch" else 290 < int(disk) < 400  # of few documents

@@ -219,9 +219,9 @@ def signatures(rivals: Sequence[Rival], texts: Sequence[str], limit: float, fold
             megabytes = write(path := folder / "signed.jsonl", signed)
             rates[rival.name].append(rate(told_by(rival, "signatures", path), megabytes))
     print(f"\nsignatures alone, from text in memory, MB/s ({'; '.join(origins)})\n")
-    print(f"{'':<18}{'English':>24}{'Chinese':>24}")
+    print(f"{'':<18}{'English':>32}{'Chinese':>32}")
     for name, by_language in rates.items():
-        print(f"{name:<18}" + "".join(f"{rate:>24}" for rate in by_language))
+        print(f"{name:<18}" + "".join(f"{rate:>32}" for rate in by_language))
 
 
 def rate(told: clock.Result | str, megabytes: float) -> str:
