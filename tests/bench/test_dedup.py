@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import dedup
+from tools.bench import clock, dedup
 from tools.bench.planted import Copy
 
 TRUTH = [Copy(0, 1, "replaced", 0.95), Copy(2, 3, "replaced", 0.85), Copy(4, 5, "replaced", 0.75)]
@@ -52,11 +52,34 @@ def test_a_line_without_a_text_is_named(tmp_path: Path, line: str):
         dedup.corpus([path], 1e6, seed=0)
 
 
-def test_a_missing_rival_asked_for_by_name_is_exit_code_3(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dedup, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dedup.py", "--only", "datatrove", "--megabytes", "0.1"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("megachat (numba)", "pip install 'megachat[fast]'"),
+        ("text-dedup", "bash tools/bench/setup.sh text-dedup"),
+        ("datatrove", "bash tools/bench/setup.sh datatrove"),
+    ],
+)
+def test_a_missing_rival_asked_for_by_name_is_exit_code_3(
+    name: str, remedy: str, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(clock, "VENVS", tmp_path)
+    monkeypatch.setattr(dedup, "available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["dedup.py", "--only", name, "--megabytes", "0.1"])
     assert dedup.main() == 3
-    assert "datatrove         not installed: bash tools/bench/setup.sh datatrove" in capsys.readouterr().out
+    assert f"{name:<18}not installed: {remedy}" in capsys.readouterr().out
+
+
+def test_time_by_the_clock_is_shown_where_it_is_not_the_processors():
+    assert dedup.apart({"seconds": 1.0, "wall": 1.04}) == ""
+    assert dedup.apart({"seconds": 1.0, "wall": 1.5}) == "1.50"
+    assert dedup.rate({"seconds": 0.5, "wall": 0.51}, 50) == "100.00 (50.0 MB)"
+    assert dedup.rate({"seconds": 0.5, "wall": 1.0}, 50) == "100.00 (wall 50.00, 50.0 MB)"
+
+
+def test_room_on_disk_is_for_each_document():
+    assert dedup.per_document(3000, 10) == "300"
+    assert dedup.per_document(0, 10) == "memory"
 
 
 @pytest.mark.slow
@@ -67,8 +90,11 @@ def test_a_run_prints_speed_recall_and_precision(name: str):
     root = Path(dedup.__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     row = next(line for line in done.stdout.splitlines() if line.startswith(name))
-    _, megabytes, seconds, peak, _, _, recall, precision, removed = row.removeprefix(name).split()
+    found = row.removeprefix(name).split()
+    _, megabytes, seconds = found[:3]
+    peak, disk, _, _, recall, precision, removed = found[-7:]  # the time by the clock may stand before them
     assert float(recall) == float(precision) == 1.0
     assert int(removed) >= 3
     assert float(megabytes) * float(seconds) == pytest.approx(0.45, abs=0.15)
     assert 50 < float(peak) < 400
+    assert disk == "memory" if name == "datasketch" else 290 < int(disk) < 400  # of few documents

@@ -7,35 +7,31 @@ README.md beside this file says what is counted and what is not.
 """
 
 import argparse
+import functools
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of a script, only its own folder is there
 
 from megachat.data.document import read_lines
 from megachat.data.harvest import library_documents
 from megachat.data.jit import available
-from tools.bench.clock import ONE_THREAD
+from tools.bench import clock
 from tools.bench.make_text import generated
 from tools.bench.planted import Copy, chinese, neighbours, plant
 
-ROOT = Path(__file__).resolve().parents[2]
 RECALLS = (0.7, 0.8, 0.9)
 """Recall is that of the planted pairs at least so similar."""
 ALIKE = 0.7
 """A removal is right if a document that stays is at least so similar."""
-
-
-Result = dict[str, Any]
-"""What `clock.serve` wrote."""
+APART = 1.05
+"""Time on the clock is shown where it is so many times the processor's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +47,20 @@ class Rival:
     signed: int = 4_000_000
     """Bytes of each language that its signatures are timed with."""
 
-    def run(self, job: str, text: Path) -> Result | str:
+    def run(self, job: str, text: Path) -> clock.Result | str:
         """What it measured; or how to install it, if it is not."""
-        venv = ROOT / ".venv-bench" / self.environment
-        python = str(venv / "bin" / "python") if self.environment else sys.executable
-        if self.environment and not (venv / "ready").exists():
-            return f"bash tools/bench/setup.sh {self.environment}"
+        if remedy := clock.missing(self.environment):
+            return remedy
         if self.compiled and not available():
             return "pip install 'megachat[fast]'"
-        settings = {"PYTHONPATH": str(ROOT), "COMPILED": str(int(self.compiled)), "TQDM_DISABLE": "1"}
-        with tempfile.TemporaryDirectory(prefix="dedup.") as folder:
-            result = Path(folder) / "result.json"
-            done = subprocess.run(
-                [python, "-m", f"tools.bench.runners.{self.module}", job, text, result],
-                cwd=folder,
-                env=os.environ | ONE_THREAD | settings,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(f"{self.name} failed:\n{done.stderr[-4000:]}")
-            told: Result = json.loads(result.read_text())
-            return told
+        return clock.run(
+            self.module, self.environment, job, text, settings={"COMPILED": str(int(self.compiled))}
+        )
 
 
 RIVALS = (
-    Rival("megachat (numba)", "megachat", compiled=True),
-    Rival("megachat (numpy)", "megachat"),
+    Rival("megachat (numba)", "megachat", compiled=True, signed=50_000_000),
+    Rival("megachat (numpy)", "megachat", signed=50_000_000),
     Rival("datasketch", "datasketch"),
     Rival("text-dedup", "text_dedup", "text-dedup"),
     Rival("datatrove", "datatrove", "datatrove", signed=500_000),
@@ -148,6 +130,7 @@ def head(texts: Iterable[str], limit: float) -> list[str]:
     return found
 
 
+@functools.cache
 def language_of(text: str) -> str:
     """One of en, zh."""
     return "zh" if chinese(text) else "en"
@@ -162,7 +145,7 @@ def write(path: Path, texts: Sequence[str]) -> float:
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
-def told_by(rival: Rival, job: str, path: Path) -> Result | str:
+def told_by(rival: Rival, job: str, path: Path) -> clock.Result | str:
     """What `Rival.run` returns, with a word on the terminal while it runs."""
     if sys.stderr.isatty():
         print(f"\r{job}: {rival.name} ...{'':<20}", end="\r", file=sys.stderr, flush=True)
@@ -174,23 +157,36 @@ def removals(rivals: Sequence[Rival], texts: Sequence[str], truth: Sequence[Copy
     megabytes = write(path := folder / "text.jsonl", texts)
     amount = f"{len(texts):,} documents, {megabytes:.1f} MB, {len(truth):,} planted copies"
     print(f"text to removal list: {amount}")
-    print(f"one core of {processor()}, Python {platform.python_version()}; s is processor time\n")
+    print(
+        f"one core of {processor()}, Python {platform.python_version()}; s is processor time, the median of"
+    )
+    print("up to 5 rounds in 10 s; wall is time by the clock, where that is a twentieth more\n")
     found = {rival.name: told_by(rival, "removed", path) for rival in rivals}
     gone = {name: set(told["removed"]) for name, told in found.items() if not isinstance(told, str)}
     near = neighbours(texts, set[int]().union(*gone.values()), ALIKE)
     recalls = "".join(f"{f'recall {threshold}':>12}" for threshold in RECALLS)
-    columns = f"{'documents/s':>12}{'MB/s':>8}{'s':>8}{'peak MB':>9}{recalls}{'precision':>11}{'removed':>9}"
-    print(f"{'':<18}{columns}")
+    columns = f"{'documents/s':>12}{'MB/s':>8}{'s':>8}{'wall':>8}{'peak MB':>9}{'disk B/doc':>12}"
+    print(f"{'':<18}{columns}{recalls}{'precision':>11}{'removed':>9}")
     for name, told in found.items():
         if isinstance(told, str):
             print(f"{name:<18}not installed: {told}")
             continue
         seconds, lost = told["seconds"], gone[name]
-        speed = f"{len(texts) / seconds:>12,.0f}{megabytes / seconds:>8.2f}{seconds:>8.2f}"
-        peak = f"{told['peak'] / 1e6:>9.0f}"
+        speed = f"{len(texts) / seconds:>12,.0f}{megabytes / seconds:>8.2f}{seconds:>8.2f}{apart(told):>8}"
+        room = f"{told['peak'] / 1e6:>9.0f}{per_document(told['disk'], len(texts)):>12}"
         shares = "".join(f"{share(recall(truth, lost, threshold)):>12}" for threshold in RECALLS)
-        print(f"{name:<18}{speed}{peak}{shares}{share(precision(near, lost)):>11}{len(lost):>9,}")
+        print(f"{name:<18}{speed}{room}{shares}{share(precision(near, lost)):>11}{len(lost):>9,}")
     return len(gone) == len(found)
+
+
+def apart(told: clock.Result) -> str:
+    """Seconds by the clock, where they are not the processor's."""
+    return f"{told['wall']:.2f}" if told["wall"] > APART * told["seconds"] else ""
+
+
+def per_document(size: int, documents: int) -> str:
+    """Bytes on disk for each document; all is in memory where there are none."""
+    return f"{size / documents:.0f}" if size else "memory"
 
 
 def recall(truth: Sequence[Copy], lost: set[int], threshold: float) -> float | None:
@@ -210,23 +206,30 @@ def share(value: float | None) -> str:
 
 
 def signatures(rivals: Sequence[Rival], texts: Sequence[str], limit: float, folder: Path) -> None:
-    """Prints the table of signatures, of no more text than `limit` bytes."""
+    """Prints the table of signatures; where `limit` is small, they are of less text, too."""
     rates: dict[str, list[str]] = {rival.name: [] for rival in rivals}
     origins = []
     for language, title in (("en", "English"), ("zh", "Chinese")):
-        most = min(limit, max(rival.signed for rival in rivals))
-        own = head((text for text in texts if language_of(text) == language), most)
+        own = [text for text in texts if text and language_of(text) == language]
         origins.append(f"{title}: {'of the documents' if own else 'from make_text.py'}")
-        own = own or generated(language, most)
+        own = own or generated(language, limit)
         for rival in rivals:
-            megabytes = write(path := folder / "signed.jsonl", head(own, min(limit, rival.signed)))
-            told = told_by(rival, "signatures", path)
-            rate = "not installed" if isinstance(told, str) else f"{megabytes / told['seconds']:.2f}"
-            rates[rival.name].append(rate)
+            # The same again if they are too few: nobody here remembers a text.
+            signed = head(cycle(own), min(rival.signed, 2.5 * limit))
+            megabytes = write(path := folder / "signed.jsonl", signed)
+            rates[rival.name].append(rate(told_by(rival, "signatures", path), megabytes))
     print(f"\nsignatures alone, from text in memory, MB/s ({'; '.join(origins)})\n")
-    print(f"{'':<18}{'English':>14}{'Chinese':>14}")
+    print(f"{'':<18}{'English':>32}{'Chinese':>32}")
     for name, by_language in rates.items():
-        print(f"{name:<18}" + "".join(f"{rate:>14}" for rate in by_language))
+        print(f"{name:<18}" + "".join(f"{rate:>32}" for rate in by_language))
+
+
+def rate(told: clock.Result | str, megabytes: float) -> str:
+    """Megabytes a second, and of how much text; by the clock, too, where that is not the same."""
+    if isinstance(told, str):
+        return "not installed"
+    wall = f"wall {megabytes / told['wall']:.2f}, " if apart(told) else ""
+    return f"{megabytes / told['seconds']:.2f} ({wall}{megabytes:.1f} MB)"
 
 
 def processor() -> str:

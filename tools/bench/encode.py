@@ -1,175 +1,309 @@
-"""How fast text becomes tokens, on one core: python tools/bench/encode.py [--text PATH...] [--only NAME]
+"""Encoding measured: megachat's stage on one core and on two, and programs that turn text into ids.
 
-Every row reads the same texts with the same tokenizer, learnt from them first; the last column says in how
-many of them the ids are not sentencepiece's. Time is the processor's, of this process, held to one core; the
-best of three. Text is the Python standard library (megachat's embedded corpus), or JSON lines with a key
-`text`, .gz and .zst, too. A program that is not there has `not installed` in its row; asked for alone with
---only, it ends the bench with status 3.
+    python tools/bench/encode.py                             # the embedded corpus
+    python tools/bench/encode.py --text corpus/*.jsonl.gz    # these texts instead
+
+README.md beside this file says what is counted and what is not.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
+import platform
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from megachat.data.document import SHARDS, Document, read_lines, write_documents
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of a script, only its own folder is there
+
+from megachat.config import compose
+from megachat.data.clean import PER_SHARD
+from megachat.data.conversations import share
+from megachat.data.document import Document, write_shard
 from megachat.data.harvest import library_documents
-from megachat.data.shards import Shard
-from megachat.tokenizer.encode import EncodeTexts
-from megachat.tokenizer.encoders import Name
-from megachat.tokenizer.tokenizer import FILE, Tokenizer
+from megachat.data.shards import read_split
+from megachat.files import write_json
+from megachat.tokenizer.encode import SPLITS
+from megachat.tokenizer.tokenizer import FILE, SPACE, Tokenizer
 from megachat.tokenizer.tokenizer_json import tokenizer_json
 from megachat.tokenizer.train import sample, train
+from tools.bench import clock
+from tools.bench.dedup import head, processor, rows
 
-ROWS = (
-    "sentencepiece",
-    "megachat tokenizer",
-    "encode sentencepiece",
-    "encode gigatoken",
-    "gigatoken",
-    "tokenizers",
+SOURCE = "text"
+LEARNT = 20_000_000
+"""Bytes of text that the tokenizer is learnt from."""
+FEW = 20
+"""Texts that a stage takes no time to encode: what is left is its start."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all encode, in a folder."""
+
+    folder: Path
+    documents: list[Document]
+    size: int
+    """Bytes of text."""
+    validation: float
+    """The default share, or as much as it takes to get a document."""
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "all" / "tokenizer" / FILE
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "text.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A line of the table: texts in memory to ids in memory, on one core."""
+
+    name: str
+    environment: str = ""
+    """The folder in `.venv-bench` whose Python runs it; empty for the Python that runs this."""
+    cores: int = 1
+
+    def missing(self) -> str:
+        """How to install it; "" if it is there."""
+        return clock.missing(self.environment)
+
+    def run(self, prepared: Prepared, repeat: int) -> clock.Result:
+        """What it measured."""
+        return clock.run(self.name, self.environment, prepared.tokenizer, prepared.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A line of the table: `megachat encode` as a user starts it, compressed text to token shards."""
+
+    encoder: str
+    cores: int
+
+    @property
+    def name(self) -> str:
+        return f"megachat ({self.encoder})"
+
+    def missing(self) -> str:
+        """How to install it; "" if it is there."""
+        there = importlib.util.find_spec(self.encoder) is not None
+        return "" if there else "pip install 'megachat[fast]'"
+
+    def run(self, prepared: Prepared, repeat: int) -> clock.Result:
+        """Medians of `repeat` runs, what it takes to start, and the digests of what the last one wrote."""
+        few = [self._once(prepared, "few", f"few{number}")[0] for number in range(repeat)]
+        times = [self._once(prepared, "all", f"all{number}") for number in range(repeat)]
+        folder = self._run(prepared, f"all{repeat - 1}") / "encode"
+        wall, seconds = (median(column) for column in zip(*times, strict=True))
+        return {
+            "wall": wall,
+            "seconds": seconds,
+            "start": median(few),
+            "digests": list(written(folder, prepared)),
+            "fallen": fallen(folder, self.encoder),
+        }
+
+    def _run(self, prepared: Prepared, name: str) -> Path:
+        return prepared.folder / f"{self.encoder}-{self.cores}-{name}"
+
+    def _once(self, prepared: Prepared, inputs: str, name: str) -> tuple[float, float]:
+        """Seconds by the clock and of the processors, from the command to its end."""
+        settings = [f"encoder={self.encoder}", f"{processes_setting()}={self.cores}"]
+        settings += [f"validation={prepared.validation}", f"inputs={prepared.folder / inputs}"]
+        before, started = clock.processor_time(), time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "megachat", "encode", f"run={self._run(prepared, name)}", *settings],
+            cwd=prepared.folder,
+            env=os.environ | {"PYTHONPATH": str(clock.ROOT)},
+            preexec_fn=self._on_cores,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wall, seconds = time.perf_counter() - started, clock.processor_time() - before
+        if done.returncode:
+            raise RuntimeError(f"{self.name} failed:\n{done.stderr[-4000:]}")
+        return wall, seconds
+
+    def _on_cores(self) -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-self.cores :])
+
+
+LINES = (
+    Program("sentencepiece"),
+    Program("tokenizers", "tokenizers"),
+    Program("gigatoken", "gigatoken"),
+    Stage("sentencepiece", 1),
+    Stage("sentencepiece", 2),
+    Stage("gigatoken", 1),
+    Stage("gigatoken", 2),
 )
-Ids = list[list[int]]
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    """Prints the table. Returns 3 if what was asked for by name is not installed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--text", nargs="+", type=Path, help="files of JSON lines; the embedded corpus if absent"
+        "--text", nargs="+", type=Path, default=[], metavar="PATH", help="JSON Lines, also .gz or .zst"
     )
-    parser.add_argument("--only", choices=ROWS, help="one row alone")
-    parser.add_argument("--vocab", type=int, default=16000)
-    parser.add_argument("--megabytes", type=float, default=10, help="of text, at most")
-    parser.add_argument("--repeat", type=int, default=3)
-    given = parser.parse_args()
-    one_core()
-    documents = texts_of(given.text, int(given.megabytes * 1e6))
-    texts = [document.text for document in documents]
+    parser.add_argument("--only", choices=[*dict.fromkeys(line.name for line in LINES)])
+    parser.add_argument("--megabytes", type=float, default=40, help="of text, at most (default: 40)")
+    parser.add_argument("--vocab", type=int, default=16_000, help="tokens (default: 16,000)")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="runs of a stage; the median counts (default: 3)"
+    )
+    arguments = parser.parse_args()
+    first = LINES[0]
+    # The first is what the others are measured by.
+    lines = [line for line in LINES if line is first or arguments.only in (None, line.name)]
+    absent = {line.name: remedy for line in lines if (remedy := line.missing())}
+    if arguments.only in absent:
+        print(f"{arguments.only:<26}not installed: {absent[arguments.only]}")
+        return 3
+    try:
+        with tempfile.TemporaryDirectory(prefix="encode.") as folder:
+            prepared = prepare(Path(folder), arguments.text, arguments.megabytes * 1e6, arguments.vocab)
+            table(lines, absent, prepared, arguments.repeat)
+    except (ValueError, RuntimeError) as why:
+        print(f"encode.py: {why}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare(folder: Path, paths: Sequence[Path], limit: float, vocab: int) -> Prepared:
+    """Writes what the stages before `encode` leave, and the same for the other programs."""
+    found = (
+        (text for path in paths for _, text in rows(path))
+        if paths
+        else (one.text for one in library_documents())
+    )
+    # A real U+2581 is the one thing that megachat keeps and a tokenizer.json does not: nobody gets it.
+    texts = head(
+        (text.encode(errors="replace").decode() for text in found if text and SPACE not in text), limit
+    )
+    if not texts:
+        raise ValueError(f"no text in {', '.join(map(str, paths))}")
+    documents = [Document(str(number), text, SOURCE) for number, text in enumerate(texts)]
+    tokenizer = train([one.text for one in sample(documents, LEARNT, 0)], vocab, 0.9995, 1)
+    for inputs, some in {"all": documents, "few": few(documents)}.items():
+        for stage in ("clean", "tokenizer"):
+            (folder / inputs / stage).mkdir(parents=True)
+            write_json(folder / inputs / stage / "done.json", {"fingerprint": "made by encode.py"})
+        for number, shard in enumerate(shards(some)):
+            write_shard(folder / inputs / "clean" / f"text-{number:05}.jsonl.zst", shard)
+        tokenizer.save(folder / inputs / "tokenizer" / FILE)
+    (folder / "all" / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    report(documents, tokenizer)
+    # A fraction more than the least share of any, lest a short corpus have none.
+    least = min(share(document.id) for document in documents) + 1e-9
     size = sum(len(text.encode()) for text in texts)
-    words = train([one.text for one in sample(documents, 20_000_000, 0)], given.vocab, 0.9995, 1)
-    print(f"{len(texts):,} texts, {size / 1e6:.1f} MB, {words.vocab:,} tokens; one core", file=sys.stderr)
-    right = words.encode_many(texts)
-    count = sum(map(len, right))
-    print(f"{'':<22}{'MB/s':>8}{'M tokens/s':>12}{'times':>8}{'texts that differ':>20}")
-    first = 0.0
-    for name in [given.only] if given.only else ROWS:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                seconds, differing = measured(name, words, documents, right, given.repeat, Path(folder))
-        except ImportError:
-            print(f"{name:<22}not installed")
-            if given.only:
-                sys.exit(3)
+    return Prepared(folder, documents, size, max(compose("encode")["validation"], least))
+
+
+def report(documents: Sequence[Document], tokenizer: Tokenizer) -> None:
+    """Prints what is encoded where."""
+    size = sum(len(document.text.encode()) for document in documents)
+    about = f"{len(documents):,} documents, {size / 1e6:.1f} MB in {len([*shards(documents)])} files"
+    print(f"text to ids: {about}; a vocabulary of {tokenizer.vocab:,}")
+    print(f"{processor()}, Python {platform.python_version()}; s is time by the clock, medians\n", flush=True)
+
+
+def shards(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents in files as large as `megachat clean` makes them."""
+    shard: list[Document] = []
+    size = 0
+    for document in documents:
+        shard.append(document)
+        size += len(document.text.encode())
+        if size >= PER_SHARD:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def few(documents: Sequence[Document]) -> list[Document]:
+    """Short ones, behind one that is for validation if any is."""
+    first = min(documents, key=lambda document: share(document.id))
+    return [
+        first,
+        *sorted((one for one in documents if one is not first), key=lambda one: len(one.text))[:FEW],
+    ]
+
+
+@functools.cache
+def processes_setting() -> str:
+    """What the stage calls its number of processes: its executor's, if it has one."""
+    return "executor.processes" if "executor" in compose("encode") else "processes"
+
+
+def written(folder: Path, prepared: Prepared) -> Iterator[str]:
+    """Digests of what `encode` wrote for each document, without `bos` and `eos`."""
+    own = {}
+    for split in SPLITS:
+        shard = read_split(folder, split)[SOURCE]
+        own[split] = iter(np.split(np.asarray(shard.tokens), shard.documents[1:-1]))
+    for document in prepared.documents:
+        ids = next(own[SPLITS[share(document.id) < prepared.validation]])
+        yield clock.digest(ids[1:-1].tolist())
+
+
+def fallen(folder: Path, encoder: str) -> int:
+    """How many files of text another encoder did, which the notes or the manifest tell."""
+    told: dict[str, Any] = {}
+    for path in (folder / "manifest.json", folder / "notes.json"):
+        if path.exists():
+            told |= json.loads(path.read_text(encoding="utf-8"))
+    return sum(count for name, count in told["encoders"].items() if name != encoder)
+
+
+def table(lines: Sequence[Program | Stage], absent: dict[str, str], prepared: Prepared, repeat: int) -> None:
+    """Measures and prints line by line."""
+    columns = f"{'cores':>6}{'s':>8}{'processor s':>13}{'MB/s a core':>13}{'M tokens/s a core':>19}"
+    print(f"{'':<26}{columns}{'x sentencepiece':>17}")
+    base: Any = None
+    starts = {}
+    for line in lines:
+        if line.name in absent:
+            print(f"{line.name:<26}not installed: {absent[line.name]}")
             continue
-        first = first or seconds
-        rates = f"{size / seconds / 1e6:8.2f}{count / seconds / 1e6:12.3f}{first / seconds:8.2f}"
-        print(f"{name:<22}{rates}{differing:20d}")
+        if line.cores > len(os.sched_getaffinity(0)):
+            print(f"{line.name:<26}{line.cores:>6}  needs as many cores")
+            continue
+        told = line.run(prepared, repeat)
+        base = base or told
+        print(f"{line.name:<26}{line.cores:>6}{figures(told, base, prepared.size, line.cores)}", flush=True)
+        if isinstance(line, Stage):
+            starts[f"{line.name}, {line.cores}"] = told["start"]
+    if starts:
+        took = "; ".join(f"{name}: {start:.2f} s" for name, start in starts.items())
+        print(f"\nof a stage's time, its start and end, without text to speak of: {took}")
 
 
-def measured(
-    name: str, words: Tokenizer, documents: list[Document], right: Ids, repeat: int, folder: Path
-) -> tuple[float, int]:
-    """Seconds of the best run of one row, and how many texts have other ids than sentencepiece gives them."""
-    texts = [document.text for document in documents]
-    if name.startswith("encode "):
-        kind = name.removeprefix("encode ")
-        if kind == "gigatoken":
-            import gigatoken  # noqa: F401
-        prepare(folder, words, documents)
-        seconds = min(stage(folder, kind) for _ in range(repeat))  # type: ignore[arg-type]
-        found = read_back(folder, len(texts))
-    else:
-        run = program(name, words)
-        run(texts[:10])
-        seconds, found = min((clock(lambda: run(texts)) for _ in range(repeat)), key=lambda item: item[0])
-    return seconds, sum(list(ids) != other for ids, other in zip(found, right, strict=True))
-
-
-def program(name: str, words: Tokenizer) -> Callable[[Sequence[str]], Any]:
-    """What encodes a list of texts."""
-    if name == "sentencepiece":
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor(model_proto=words.model)
-        return lambda texts: processor.encode(list(texts), num_threads=1)
-    if name == "megachat tokenizer":
-        return lambda texts: Tokenizer(words.model).encode_many(texts)  # a new one: it remembers words
-    if name == "gigatoken":
-        import gigatoken
-
-        backend = gigatoken.Tokenizer.from_json(tokenizer_json(words))
-        return lambda texts: backend.encode_batch_list([text.encode() for text in texts], parallel=False)
-    import tokenizers
-
-    other = tokenizers.Tokenizer.from_str(tokenizer_json(words))
-    return lambda texts: [one.ids for one in other.encode_batch(list(texts))]
-
-
-def prepare(folder: Path, words: Tokenizer, documents: list[Document]) -> None:
-    """Clean text and a tokenizer, as the stages before leave them."""
-    write_documents(folder / "clean", documents, per_shard=10_000)
-    words.save(folder / FILE)
-
-
-def stage(folder: Path, kind: Name) -> float:
-    """Seconds from compressed text to shards on disk, as a process of `encode` that has started takes.
-
-    One text in a hundred is compared, and the first of each batch.
-    """
-    texts = tuple(sorted((folder / "clean").glob(SHARDS)))
-    step = EncodeTexts("encode", folder / "parts", len(texts), folder / FILE, kind, 0.01, 1e-12, texts)
-    step.folder.mkdir(exist_ok=True)
-    assert step.fast  # made before the clock starts
-    seconds, records = clock(lambda: [step.work(task) for task in range(step.tasks)])
-    assert all(record["encoder"] == kind for record in records), records
-    return seconds
-
-
-def read_back(folder: Path, count: int) -> Ids:
-    """What `encode` wrote, without `bos` and `eos`, in the order of the text (there is one source)."""
-    shards = [Shard(path.with_suffix("")) for path in sorted((folder / "parts").rglob("*.idx"))]
-    rows = [row for shard in shards for row in np.split(np.asarray(shard.tokens), shard.documents[1:-1])]
-    assert len(rows) == count
-    return [row[1:-1].tolist() for row in rows]
-
-
-def clock(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of processor time of this process, and what came out."""
-    start = time.process_time()
-    out = run()
-    return time.process_time() - start, out
-
-
-def one_core() -> None:
-    """Holds this process, and the threads of libraries that start later, to one core."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ.update({"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"})
-
-
-def texts_of(paths: list[Path] | None, most: int) -> list[Document]:
-    """The first documents of `most` bytes, all of one source."""
-    found: list[Document] = []
-    lines = (json.loads(line)["text"] for path in paths or [] for _, line in read_lines(path))
-    for number, text in enumerate(lines if paths else (one.text for one in library_documents())):
-        most -= len(text.encode())
-        if found and most < 0:
-            break
-        found.append(Document(f"{number}", text, "text"))
-    if not found:
-        raise SystemExit(f"no text in {', '.join(map(str, paths or []))}")
-    return found
+def figures(told: clock.Result, base: clock.Result, size: int, cores: int) -> str:
+    """What a line says; no rate where the ids are not sentencepiece's."""
+    differing = sum(one != other for one, other in zip(told["digests"], base["digests"], strict=True))
+    if differing:
+        return f"  not counted: {differing:,} of {len(base['digests']):,} texts have other ids"
+    each = told["wall"] * cores * 1e6
+    rates = f"{size / each:>13.2f}{base['tokens'] / each:>19.3f}{base['wall'] / told['wall']:>17.2f}"
+    fallen = f"  {told['fallen']} files fell back" if told.get("fallen") else ""
+    return f"{told['wall']:>8.2f}{told['seconds']:>13.2f}{rates}{fallen}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

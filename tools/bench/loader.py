@@ -1,8 +1,9 @@
-"""How many tokens a second a loader reads, on one core: python tools/bench/loader.py [--length 2048]
+"""How many tokens a second training is given, on one core: python tools/bench/loader.py [--length 2048]
 
-Random rows of `length` tokens from shards of random tokens in documents of some 700, all in memory: what is
-measured is the loader. Time is the processor's, of this process with its threads, held to one core; the best
-of three. A program that is not there has `not installed` in its row.
+Batches of tensors as `pretrain` makes them: inputs, labels, and which document each token is of, in
+micro-batches of 8 rows. Shards hold random tokens in documents of some 700, `<s>` to `</s>`, all in memory:
+what is measured is the loader. Padding does not count as a token. Time is the processor's, of this process
+with its threads, held to one core; the median of five seconds.
 """
 
 import argparse
@@ -10,18 +11,31 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from megachat.data.loader import WHOLE, Mixed, Plan, TokenWindows, ahead, share
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of a script, only its own folder is there
+
+from megachat.data.loader import WHOLE, Mixed, Plan, TokenWindows, Window, ahead, share
 from megachat.data.mixture import Phase
 from megachat.data.packing import PackedRows, pack
 from megachat.data.shards import Shard, Shards, ShardWriter
+from megachat.train.loop import parts
+from megachat.train.pretrain import Tokens, _collate
 
 WEIGHTS = {"web": 0.6, "zh": 0.3, "code": 0.1}
-BATCH = 64
+BATCH, MICRO_BATCH = 64, 8
+VOCAB, BOS, EOS = 32_000, 2, 3
+CPU = torch.device("cpu")
+
+Read = Callable[[int], list[Tokens]]
+"""The micro-batches of the step of this number."""
 
 
 def main() -> None:
@@ -31,60 +45,39 @@ def main() -> None:
     )
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="in the shards")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5, help="seconds of each; the median counts")
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         shards = write(Path(folder), given.tokens)
         print(f"{given.tokens:,} tokens, rows of {given.length:,}; one core", file=sys.stderr)
-        print(f"{'':<52}{'rows/s':>10}{'M tokens/s':>12}")
-        for name, run in programs(shards, given.length).items():
-            try:
-                read = run()
-            except ImportError:
-                print(f"{name:<52}not installed")
-                continue
-            rate = max(rows_per_second(read) for _ in range(given.repeat))
-            print(f"{name:<52}{rate:10,.0f}{rate * given.length / 1e6:12.1f}")
+        print(f"{'':<52}{'rows/s':>10}{'padding':>10}{'M tokens/s':>12}")
+        for name, make in programs(shards, given.length).items():
+            read = make()
+            filled = share_of_tokens(read)
+            rate = median(rows_per_second(read) for _ in range(given.repeat))
+            tokens = rate * given.length * filled / 1e6
+            print(f"{name:<52}{rate:10,.0f}{1 - filled:10.1%}{tokens:12.1f}", flush=True)
 
 
-def programs(shards: dict[str, Shards], length: int) -> dict[str, Callable[[], Callable[[int], object]]]:
-    """Name -> what makes a function that reads the step of that number."""
+def programs(shards: dict[str, Shards], length: int) -> dict[str, Callable[[], Read]]:
+    """Name -> what makes a function that reads steps."""
     whole = Shards([shard for one in shards.values() for shard in one.shards])
 
-    def memmap() -> Callable[[int], object]:
-        tokens = shards["web"].shards[0].tokens
-        starts = np.random.default_rng(0).permutation((len(tokens) - 1) // length) * length
-
-        def read(step: int) -> object:
-            some = [int(starts[(step * BATCH + row) % len(starts)]) for row in range(BATCH)]
-            return [tokens[start : start + length + 1].astype(np.int64) for start in some]
-
-        return read
-
-    def grain_alone() -> Callable[[int], object]:
+    def grain_alone() -> Read:
         import grain
 
-        class Windows:
-            def __init__(self, tokens: np.ndarray) -> None:
-                self.tokens = tokens
-
-            def __len__(self) -> int:
-                return (len(self.tokens) - 1) // length
-
-            def __getitem__(self, number: int) -> np.ndarray:
-                return self.tokens[number * length : (number + 1) * length + 1].astype(np.int64)
-
         orders = [
-            grain.MapDataset.source(Windows(one.shards[0].tokens)).shuffle(seed).repeat()
+            grain.MapDataset.source(TokenWindows(one, length)).shuffle(seed).repeat()
             for seed, one in enumerate(shards.values())
         ]
         samples = grain.MapDataset.mix(orders, [*WEIGHTS.values()])
-        return lambda step: [samples[step * BATCH + row] for row in range(BATCH)]
+        return lambda step: collated(share(samples, step * BATCH, BATCH, 0, 1))
 
-    def ours(phases: list[Phase], packed: bool, steps: int) -> Callable[[], Callable[[int], object]]:
-        def make() -> Callable[[int], object]:
+    def ours(phases: list[Phase], packed: bool, steps: int) -> Callable[[], Read]:
+        def make() -> Read:
             sources = shards if phases else {WHOLE: whole}
             plan = Plan.of(sources, [], phases, length, 0)
             rows = {
@@ -95,16 +88,16 @@ def programs(shards: dict[str, Shards], length: int) -> dict[str, Callable[[], C
             }
             samples = Mixed(rows, plan)
             if not steps:
-                return lambda step: share(samples, step * BATCH, BATCH, 0, 1)
+                return lambda step: collated(share(samples, step * BATCH, BATCH, 0, 1))
             stream = ahead(lambda start: share(samples, start, BATCH, 0, 1), 0, BATCH, steps)
-            return lambda step: next(stream)
+            return lambda step: collated(next(stream))
 
         return make
 
     mixture = [Phase(tokens=None, weights=WEIGHTS)]
     return {
-        "memmap: windows of one shard": memmap,
-        "grain: mixture": grain_alone,
+        "memmap: windows of one shard": lambda: memmap(shards["web"], length),
+        "grain: mixture, megachat's windows": grain_alone,
         "megachat: the whole corpus, documents": ours([], False, 0),
         "megachat: mixture, documents": ours(mixture, False, 0),
         "megachat: mixture, documents, a thread reads ahead": ours(mixture, False, 2),
@@ -112,7 +105,49 @@ def programs(shards: dict[str, Shards], length: int) -> dict[str, Callable[[], C
     }
 
 
-def rows_per_second(read: Callable[[int], object]) -> float:
+def memmap(shards: Shards, length: int) -> Read:
+    """The same tensors out of one mapped file, in a shuffled order, by NumPy alone."""
+    tokens = shards.shards[0].tokens
+    starts = np.random.default_rng(0).permutation((len(tokens) - 1) // length) * length
+
+    def read(step: int) -> list[Tokens]:
+        rows = [tokens[start : start + length + 1] for start in starts.take(numbers(step), mode="wrap")]
+        return [batch(np.stack(some).astype(np.int64)) for some in parts(rows, MICRO_BATCH)]
+
+    return read
+
+
+def numbers(step: int) -> NDArray[np.int64]:
+    """The numbers of a step's rows."""
+    return np.arange(step * BATCH, (step + 1) * BATCH)
+
+
+def batch(rows: NDArray[np.int64]) -> Tokens:
+    """What training is given of rows of `length` tokens and one more."""
+    documents = np.cumsum(rows == BOS, axis=1)
+    labels = np.where(rows[:, 1:] == BOS, -100, rows[:, 1:])
+    return Tokens(
+        weight=float((labels != -100).sum()),
+        tokens=labels.size,
+        samples=len(rows),
+        inputs=torch.from_numpy(np.ascontiguousarray(rows[:, :-1])),
+        labels=torch.from_numpy(labels),
+        documents=torch.from_numpy(np.ascontiguousarray(documents[:, :-1])),
+    )
+
+
+def collated(rows: Sequence[Window]) -> list[Tokens]:
+    """What `Pretrain.batches` makes of a step's rows."""
+    return [_collate(some, CPU) for some in parts(rows, MICRO_BATCH)]
+
+
+def share_of_tokens(read: Read) -> float:
+    """The share of rows that is not padding, in the first steps."""
+    documents = torch.cat([one.documents for step in range(16) for one in read(step)])
+    return float((documents >= 0).float().mean())
+
+
+def rows_per_second(read: Callable[[int], Any]) -> float:
     """Of one second of work."""
     read(0)
     steps, start = 0, time.process_time()
@@ -130,8 +165,11 @@ def write(folder: Path, tokens: int) -> dict[str, Shards]:
         count = int(tokens * weight)
         lengths = draw.lognormal(6.5, 1, count // 400).astype(np.int32) + 2
         lengths = lengths[: np.searchsorted(np.cumsum(lengths), count)]
-        with ShardWriter(folder / name, 32_000) as writer:
-            writer.add_many(draw.integers(0, 32_000, int(lengths.sum())), lengths)
+        ids = draw.integers(EOS + 1, VOCAB, int(lengths.sum()))
+        ends = np.cumsum(lengths)
+        ids[ends - lengths], ids[ends - 1] = BOS, EOS
+        with ShardWriter(folder / name, VOCAB) as writer:
+            writer.add_many(ids, lengths)
         found[name] = Shards([Shard(folder / name)])
     return found
 

@@ -34,8 +34,8 @@ def signatures(texts: list[str]) -> list[MinHash]:
     return list(MinHash.generator(map(shingles, texts), num_perm=PERMUTATIONS, scheme="affine32"))
 
 
-def removed(path: Path) -> list[int]:
-    """All but the first document of each group that its bands connect."""
+def removed(path: Path) -> tuple[list[int], int]:
+    """All but the first document of each group that its bands connect; nothing is on disk."""
     index = MinHashLSH(num_perm=PERMUTATIONS, params=(BANDS, ROWS))
     parents: list[int] = []
 
@@ -55,7 +55,7 @@ def removed(path: Path) -> list[int]:
             first, second = sorted((head(number), head(other)))
             parents[second] = first
         index.insert(number, minhash, check_duplication=False)
-    return [number for number in range(len(parents)) if head(number) != number]
+    return [number for number in range(len(parents)) if head(number) != number], 0
 
 
 def read(path: Path) -> Iterator[str]:

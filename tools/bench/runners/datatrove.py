@@ -1,11 +1,14 @@
-"""datatrove's four MinHash stages on files, by its local executor, with its settings: 14 bands of 8, 5 words.
+"""datatrove's MinHash stages on files, by its local executor, with its settings: 14 bands of 8, 5 words.
 
 English and Chinese are deduplicated apart, each with the words of its language, as FineWeb-2 does: the lines
-of the input say which they are. The fourth stage's `exclusion_writer` is what names the documents removed.
+of the input say which they are, and are dealt to a file for each beforehand. The third stage leaves a list of
+what to remove; the fourth, which reads the text again and writes the rest of it, is left out.
 """
 
 import json
 import tempfile
+from array import array
+from contextlib import ExitStack
 from pathlib import Path
 
 from datatrove.executor import LocalPipelineExecutor
@@ -14,11 +17,8 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
     MinhashDedupBuckets,
     MinhashDedupCluster,
-    MinhashDedupFilter,
 )
-from datatrove.pipeline.filters import LambdaFilter
 from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
 from loguru import logger
 
 from tools.bench.clock import serve
@@ -42,45 +42,47 @@ stages: dict[str, MinhashDedupSignature] = {}
 """Kept from the warm-up, since their tokenizers take long to load."""
 
 
-def removed(path: Path) -> list[int]:
-    """What the four stages remove."""
-    with path.open(encoding="utf-8") as file:
-        present = {json.loads(line)["language"] for line in file}
-    numbers: list[int] = []
-    for language in sorted(present):
-        with tempfile.TemporaryDirectory() as folder:
-            numbers += removed_in(language, path, Path(folder))
-    return numbers
+def removed(path: Path) -> tuple[list[int], int]:
+    """What the stages would remove, and the size of their signatures."""
+    numbers: dict[str, list[int]] = {language: [] for language in LANGUAGES}
+    gone: list[int] = []
+    size = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with path.open(encoding="utf-8") as file, ExitStack() as stack:
+            files = {
+                language: stack.enter_context((folder / f"{language}.jsonl").open("w", encoding="utf-8"))
+                for language in LANGUAGES
+            }
+            for number, line in enumerate(file):
+                row = json.loads(line)
+                if row["text"]:  # its reader passes over an empty one without counting it
+                    files[row["language"]].write(line)
+                    numbers[row["language"]].append(number)
+        for language, own in numbers.items():
+            if own:
+                places, some = removed_in(language, folder / f"{language}.jsonl", folder / language)
+                gone += [own[place] for place in places]
+                size += some
+    return gone, size
 
 
-def removed_in(language: str, path: Path, folder: Path) -> list[int]:
-    """What the four stages remove of the documents in one language."""
+def removed_in(language: str, path: Path, folder: Path) -> tuple[list[int], int]:
+    """Which documents of a file in one language would be removed, and the size of the signatures."""
     config = MinhashConfig()
-    bands, pairs, clusters, gone = (str(folder / name) for name in ("bands", "pairs", "clusters", "gone"))
-    own = [
-        JsonlReader(str(path.parent), glob_pattern=path.name),
-        LambdaFilter(lambda document: document.metadata["language"] == language),
-    ]
+    bands, pairs, clusters = (str(folder / name) for name in ("bands", "pairs", "clusters"))
+    reader = JsonlReader(str(path.parent), glob_pattern=path.name)
     jobs = [
-        (1, [*own, MinhashDedupSignature(bands, config, LANGUAGES[language])]),
+        (1, [reader, MinhashDedupSignature(bands, config, LANGUAGES[language])]),
         (config.num_buckets, [MinhashDedupBuckets(bands, pairs, config=config)]),
         (1, [MinhashDedupCluster(pairs, clusters, config=config)]),
-        (
-            1,
-            [
-                *own,
-                MinhashDedupFilter(clusters, JsonlWriter(gone, compression=None)),
-                JsonlWriter(str(folder / "kept"), compression=None),
-            ],
-        ),
     ]
     for number, (tasks, pipeline) in enumerate(jobs):
         LocalPipelineExecutor(pipeline, tasks, workers=1, logging_dir=str(folder / f"log{number}")).run()
-    found = []
-    for written in Path(gone).glob("*.jsonl"):
-        with written.open(encoding="utf-8") as file:
-            found += [int(json.loads(line)["id"]) for line in file]
-    return found
+    places = array("I")
+    for listed in Path(clusters).glob("*.remove"):  # one at most: there was one task
+        places.frombytes(listed.read_bytes())
+    return places.tolist(), sum(file.stat().st_size for file in Path(bands).rglob("*.sig"))
 
 
 if __name__ == "__main__":

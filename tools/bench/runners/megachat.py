@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.config import compose, decode
+from megachat.data.collect import GROUP
 from megachat.data.copies import Corpus, Shards, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Local
@@ -17,15 +19,22 @@ from megachat.data.minhash import Texts
 from megachat.data.steps import carry_out
 from tools.bench.clock import serve, texts
 
+TEXT = pa.schema([("text", pa.string())])
 
-def megachat_removed(path: Path, compiled: bool) -> list[int]:
-    """What megachat removes as a copy, exact or near: the steps of `megachat clean`, on files as there."""
+
+def megachat_removed(path: Path, compiled: bool) -> tuple[list[int], int]:
+    """What megachat removes as a copy, exact or near, and the size of its index.
+
+    By the steps of `megachat clean`, on files as there.
+    """
     read = texts(path)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "texts").mkdir()
         (work / "passed").mkdir()
-        pq.write_table(pa.table({"text": read}), work / "texts" / "00000.parquet", compression="zstd")
+        with pq.ParquetWriter(work / "texts" / "00000.parquet", TEXT, compression="zstd") as file:
+            for group in groups(read):
+                file.write_table(pa.table({"text": group}, TEXT))
         np.save(work / "passed" / "00000.npy", np.zeros(len(read), dtype=np.uint8))
         corpus = Corpus(Shards((len(read),), work / "texts", work / "index", work / "passed"))
         steps = search(work, corpus, settings(), 1 << 30, compiled)
@@ -34,12 +43,28 @@ def megachat_removed(path: Path, compiled: bool) -> list[int]:
                 carry_out(next(steps), Local(processes=1))
             except StopIteration as end:
                 exact, near = end.value.of(corpus, 0)
-                return [*exact[0].tolist(), *near[0].tolist()]
+                size = sum(file.stat().st_size for file in corpus.own.indices.rglob("*.npy"))
+                return [*exact[0].tolist(), *near[0].tolist()], size
 
 
 def megachat_signatures(read: list[str], compiled: bool) -> object:
     """The MinHash of each text."""
-    return settings().signer.sign(Texts.of(read), compiled)
+    signer = settings().signer
+    return [signer.sign(Texts.of(group), compiled) for group in groups(read)]
+
+
+def groups(read: Iterable[str]) -> Iterator[list[str]]:
+    """Texts as `collect` puts them together, which is how much of them is in memory at a time."""
+    group: list[str] = []
+    size = 0
+    for text in read:
+        group.append(text)
+        size += len(text)
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def settings() -> Dedup:

@@ -44,8 +44,8 @@ def signatures(texts: list[str]) -> list[list[bytes]]:
     return [embed_func(text, number, **SETTINGS)[SIGNATURE_COLUMN] for number, text in enumerate(texts)]
 
 
-def removed(path: Path) -> list[int]:
-    """All but one document of each group that its bands connect."""
+def removed(path: Path) -> tuple[list[int], int]:
+    """All but one document of each group that its bands connect; nothing is on disk."""
     tables: list[dict[bytes, set[int]]] = [defaultdict(set) for _ in range(BANDS)]
     empty = embed_func("", 0, **SETTINGS)[SIGNATURE_COLUMN]
     for number, text in enumerate(read(path)):
@@ -60,7 +60,7 @@ def removed(path: Path) -> list[int]:
                 smallest = min(cluster)
                 for number in cluster:
                     groups.union(number, smallest)
-    return [number for number in list(groups.parent) if groups.find(number) != number]
+    return [number for number in list(groups.parent) if groups.find(number) != number], 0
 
 
 def read(path: Path) -> Iterator[str]:
