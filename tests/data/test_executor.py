@@ -115,8 +115,10 @@ carry_out(Waits("waits", Path(sys.argv[1]), 5), Local(processes=2))
         workers = [path.stem for path in tmp_path.glob("*.at")]
         assert all(map(runs, workers))
         parent.kill()
-    assert within(10, lambda: not any(map(runs, workers)))
-    (tmp_path / "go").touch()
+    try:
+        assert within(10, lambda: not any(map(runs, workers)))
+    finally:
+        (tmp_path / "go").touch()  # or they would wait for ever
     step = Waits("waits", tmp_path, 5)
     assert step.missing() == [*range(5)]
     carry_out(step, Local(processes=1))
