@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, and their sums."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove(temporary)  # of one that was killed: in containers all have the same number
     try:
-        yield temporary
+        with telling(path):
+            yield temporary
         if temporary.is_dir():
             for file in temporary.rglob("*"):
                 if file.is_file():
@@ -37,10 +41,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """NumPy says of a full disk only "8192 requested and 0 written": this says that, and of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, unless somebody else has."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -7,6 +7,7 @@
 #   for step in collect select sign exact alive join verify components settle filter; do
 #       after=$(sbatch --parsable --array=0-63 ${after:+--dependency=afterok:$after} slurm/data.sh stage=$step run=runs/web ...)
 #   done; sbatch --dependency=afterok:$after slurm/data.sh run=runs/web ...
+# Some jobs of such an array again, by their numbers in it:  SHARES=64 sbatch --array=3,7 slurm/data.sh stage=...
 #SBATCH --job-name=megachat-data
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -24,7 +25,15 @@ source slurm/env.sh
 export OMP_NUM_THREADS=1                # tasks are many; each is one thread
 
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    exec python -m megachat "${STAGE:-clean}" "$@" shard="$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT"
+    share=$SLURM_ARRAY_TASK_ID shares=${SHARES:-}
+    if [[ ! $shares ]]; then            # 3,7 may be 3 and 7 of any number, and as two halves would do the wrong tasks
+        if (( SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 != SLURM_ARRAY_TASK_COUNT )); then
+            echo "data.sh: this array has gaps; say of how many jobs these are some: SHARES=64 sbatch --array=..." >&2
+            exit 2
+        fi
+        share=$((share - SLURM_ARRAY_TASK_MIN)) shares=$SLURM_ARRAY_TASK_COUNT
+    fi
+    exec python -m megachat clean "$@" shard="$share/$shares"
 fi
 if (( SLURM_JOB_NUM_NODES == 1 )); then
     exec python -m megachat "${STAGE:-clean}" "$@"
@@ -32,6 +41,8 @@ fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_USAGE_STATS_ENABLED=0
 # One Ray for each job: its port follows from the job's number, below 32768, where Linux hands out ports to whoever asks.
+# srun counts one task for each node, which megachat would take for that many of itself: Ray starts it once.
 exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 ray symmetric-run \
     --address "$head:$((20000 + SLURM_JOB_ID % 12000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --num-cpus "$SLURM_CPUS_PER_TASK" -- python -m megachat "${STAGE:-clean}" executor=ray "$@"
+    --num-cpus "$SLURM_CPUS_PER_TASK" -- \
+    env -u SLURM_STEP_NUM_TASKS python -m megachat "${STAGE:-clean}" executor=ray "$@"

@@ -7,11 +7,12 @@ number of shards, on who does the tasks, or on how often they were interrupted.
 """
 
 import json
+import math
 import os
 import shutil
 import unicodedata
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -49,8 +50,12 @@ from megachat.log import say
 from megachat.run import Stage, external
 
 PER_SHARD = 4_000_000
-"""Bytes of input for which another shard is made, unless `shards` says how many."""
-MOST_SHARDS = 1024
+"""Bytes of input for which another shard is made, unless `shards` says how many; of a part of unknown size it
+is taken to be the size."""
+MANY_SHARDS = 1024
+"""Beyond these, four times the input makes twice the shards."""
+MOST_SHARDS = 65_536
+"""At 16 TB; each is some 17 files."""
 
 COMPILE = 100_000_000
 """Bytes of text above which compiling the signatures' loop pays."""
@@ -89,8 +94,8 @@ class Clean(Stage):
     against: list[Path]
     """Finished runs whose documents are there already: copies of them go, by what is in their `work`."""
     shards: NonNegativeInt
-    """Into how many files the corpus is cut, which is how many can work at it; 0: one per 4 MB, at most
-    1,024."""
+    """Into how many files the corpus is cut, which is how many can work at it; 0: one per 4 MB, and fewer
+    beyond 1,024."""
     executor: Executor
     """Who does the work. It does not change the result."""
     memory: PositiveFloat
@@ -155,8 +160,10 @@ class Clean(Stage):
             name: [type(filter).__name__, filter.model_dump(include={*filter.measured_by, "applies_to"})]
             for name, filter in self.filters.items()
         }
-        read = external([tree["corpus"], tree["benchmarks"]])
-        at = folder(self.work, "collect", tree["corpus"], mending, measuring, sought, read, len(shards))
+        # What a bucket or a data set holds is known from its parts alone; what filters name, from the files.
+        parts = [[(name, *astuple(part)) for name, part in shard] for shard in shards]
+        read = external([tree["corpus"], tree["benchmarks"], tree["filters"], mending])
+        at = folder(self.work, "collect", tree["corpus"], mending, measuring, sought, read, parts)
         collect = Collect(
             "collect", at, len(shards), self.corpus, shards,
             self.repair, self.language, self.boilerplate, self.privacy, self.filters,
@@ -176,7 +183,7 @@ class Clean(Stage):
         fast = available() and amount > COMPILE
         memory = int(self.memory * 1e9)
         found = yield from search(self.work, corpus, self.dedup, memory, fast)
-        at = folder(self.work, "filter", select.folder.name, found.exact.name, found.near.name)
+        at = folder(self.work, "filter", select.folder.name, found.exact.folder.name, found.near.folder.name)
         write = Write("filter", at, len(shards), corpus, found, (*self._rules(),))
         yield write
         return Made(collect, select, write, found, corpus)
@@ -191,8 +198,11 @@ class Clean(Stage):
             parts += [(name, part) for part in own]
         if not parts:
             raise ValueError("corpus: it names no source; choose one, as in corpus=python_library")
-        sizes = np.array([max(part.size, 1) for _, part in parts], dtype=np.float64)
-        count = self.shards or int(min(max(-(-sizes.sum() // PER_SHARD), 1), MOST_SHARDS))
+        sizes = np.array([part.size or PER_SHARD for _, part in parts], dtype=np.float64)
+        count = min(self.shards or shards_for(sizes.sum()), len(parts))
+        # A part cannot be cut: one larger than a shard counts as a shard, or others would share what is left.
+        for _ in range(32):
+            sizes = np.minimum(sizes, sizes.sum() / count)
         # A part belongs to the shard in which its middle lies.
         middle = np.cumsum(sizes) - sizes / 2
         owner = np.minimum(middle * count // sizes.sum(), count - 1)
@@ -207,8 +217,10 @@ class Clean(Stage):
         if not summary["documents"]:
             raise ValueError(f"no document is left; loosen the filter that removed the most\n{table(rows)}")
         self._check_loss(funnel)
-        for task in range(made.write.tasks):
-            name = f"text-{task:05}.jsonl.zst"
+        names = [f"text-{task:05}.jsonl.zst" for task in range(made.write.tasks)]
+        for old in {path.name for path in self.folder.glob("text-*")} - {*names}:
+            (self.folder / old).unlink()  # by a run with more shards that was killed here
+        for name in names:
             with replacing(self.folder / name) as path:
                 link(made.write.folder / name, path)
         buckets = [
@@ -283,6 +295,14 @@ def earlier(run: Path, signing: dict[str, Any]) -> Shards:
     if gone := [folder for folder in (texts, indices, marks) if not folder.is_dir()]:
         raise ValueError(f"against: {gone[0]} is gone; run `megachat clean` of {run} again")
     return Shards(tuple(known["sizes"]), texts, indices, marks)
+
+
+def shards_for(size: float) -> int:
+    """Into how many shards to cut so many bytes."""
+    count = size / PER_SHARD
+    if count > MANY_SHARDS:
+        count = MANY_SHARDS * math.sqrt(count / MANY_SHARDS)
+    return min(max(math.ceil(count), 1), MOST_SHARDS)
 
 
 def link(old: Path, new: Path) -> None:

@@ -32,6 +32,9 @@ from megachat.files import replacing
 GROUP = 8 << 20
 """Characters in a row group: about what a task holds in memory."""
 
+ROWS = 20_000
+"""Documents in a row group, for short ones: each takes some kB as Python has it."""
+
 EXAMPLES = 5
 """Removed documents of each kind that the report shows."""
 
@@ -112,7 +115,7 @@ class Collect(Step):
                     count += 1
                     rows.append(row)
                     size += row["characters"]
-                    if size >= GROUP:
+                    if size >= GROUP or len(rows) >= ROWS:
                         file.write_table(pa.Table.from_pylist(rows, schema))
                         rows, size = [], 0
             if rows or not count:

@@ -6,6 +6,7 @@ every machine sees, so a task that is lost is done again elsewhere.
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -78,13 +79,31 @@ class Ray(Executor):
         waiting = {remote.remote(sent, number): number for number in numbers}
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
-            ray.get(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # its own text is a traceback
+            except ray.exceptions.RayError as error:
+                raise ValueError(
+                    f"a task was lost {self.retries + 1} times ({type(error).__name__}), perhaps for want of "
+                    "memory; what is done is kept: run the same command again, with more than "
+                    f"executor.cores={self.cores} if it was memory"
+                ) from None
             yield waiting.pop(done)
 
 
 def _begin(task: Task) -> None:
     global _task
     _task = task
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its processes: they would go on beside those of the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _do(number: int) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from megachat.data.jit import available, compiled
 from megachat.data.join import Numbers, distinct, first_of_run
+from megachat.files import remove, telling
 
 Edges = tuple[Numbers, Numbers]
 
@@ -94,6 +95,8 @@ def stars(pieces: Iterable[Edges], documents: int, folder: Path, ranges: int) ->
         edges = Dealt(folder / "edges", documents, ranges)
         edges.deal(map(_small_star, large.read()))
     yield from edges.read()
+    for name in ("edges", "both", "large"):
+        remove(folder / name)
 
 
 def _large_star(edges: Edges) -> Edges:
@@ -129,7 +132,8 @@ class Dealt:
             bounds = np.searchsorted(owner[order], np.arange(self.ranges + 1))
             pairs = np.stack([first, second], axis=1)[order]
             for number in np.flatnonzero(np.diff(bounds)):
-                with self._file(int(number)).open("ab") as file:
+                path = self._file(int(number))
+                with telling(path), path.open("ab") as file:
                     pairs[bounds[number] : bounds[number + 1]].tofile(file)
 
     def read(self) -> Iterator[Edges]:

@@ -4,10 +4,12 @@ Per document and band 12 bytes, sorted by band key: enough to find whoever share
 range of every shard, a few megabytes at a time. Per document a digest of 12 bytes that finds exact copies the
 same way, and 8 bits of each hash value of its MinHash (b-bit minwise hashing, Li and König, 2010,
 https://arxiv.org/abs/0910.3349): enough to tell how alike two documents are that share a band. All are .npy
-files, mapped into memory and never unpickled.
+files, mapped into memory and never unpickled. A map keeps its file open, and a corpus has more shards than a
+process may have files: whoever looks into an array lets it go at once.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from megachat.files import replacing
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.uint32]
 Sketches = NDArray[np.uint8]
+
+Open = Callable[[str], NDArray[Any]]
+"""An array of an index by its name."""
 
 CHANCE = 1 / 256
 """How often 8 bits are equal though the hash values are not."""
@@ -63,6 +68,10 @@ def agreement(left: Sketches, right: Sketches) -> NDArray[np.float64]:
     return ((left == right).mean(axis=1) - CHANCE) / (1 - CHANCE)
 
 
+Part = tuple[NDArray[Any], Signatures, NDArray[np.bool_]]
+"""Of some documents the digests, the signatures, and which of these are signed."""
+
+
 @dataclass(frozen=True)
 class Index:
     """The index of one shard. `key`s are sorted; `rows` says whose they are."""
@@ -78,19 +87,33 @@ class Index:
     """One for each document, of zeros for one too short to have a shingle."""
 
     @staticmethod
-    def make(found: NDArray[Any], signatures: Signatures, signed: NDArray[np.bool_], bands: int) -> "Index":
-        """From the digest and the signature of every document, and which of these are signed."""
+    def make(parts: Iterable[Part], documents: int, bands: int, rows: int) -> "Index":
+        """From the digests and signatures of some documents after the others.
+
+        Of a signature only the keys and 8 bits of each value are kept, so that a shard takes the memory of
+        its index, and of one part.
+        """
+        found = np.empty(documents, dtype=_DIGEST)
+        short = np.zeros((documents, bands * rows), dtype=np.uint8)
+        keys = np.empty((bands, documents), dtype=np.uint64)
+        owners = np.empty(documents, dtype=np.uint32)
+        done = count = 0
+        for own, signatures, signed in parts:
+            there = np.flatnonzero(signed)
+            found[done : done + len(own)] = own
+            short[done + there] = sketches(signatures[there])
+            keys[:, count : count + len(there)] = band_keys(signatures[there], bands)
+            owners[count : count + len(there)] = done + there
+            done, count = done + len(own), count + len(there)
+        assert done == documents, f"{done} of {documents} documents"
+        keys = keys[:, :count]
+        band_rows = np.empty((bands, count), dtype=np.uint32)
+        for band in range(bands):  # by itself, for the memory
+            order = np.argsort(keys[band], kind="stable")
+            keys[band], band_rows[band] = keys[band][order], owners[order]
         order = np.lexsort((found["check"], found["key"]))  # stable: equal ones by row
-        rows = np.flatnonzero(signed).astype(np.uint32)
-        keys = band_keys(signatures[rows], bands)
-        orders = np.argsort(keys, axis=1, kind="stable")
         return Index(
-            found["key"][order],
-            found["check"][order],
-            order.astype(np.uint32),
-            np.take_along_axis(keys, orders, axis=1),
-            rows[orders],
-            sketches(signatures) * signed[:, None],
+            found["key"][order], found["check"][order], order.astype(np.uint32), keys, band_rows, short
         )
 
     def write(self, folder: Path) -> None:
@@ -101,7 +124,7 @@ class Index:
                 np.save(temporary / f"{name}.npy", values, allow_pickle=False)
 
     @staticmethod
-    def read(folder: Path) -> "Index":
-        """Maps the files into memory; nothing is read yet."""
-        names = Index.__dataclass_fields__
-        return Index(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names})
+    def open(folder: Path, name: str) -> NDArray[Any]:
+        """Maps one of the arrays into memory."""
+        values: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return values

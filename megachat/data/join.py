@@ -3,16 +3,18 @@
 A document's number is its place in the corpus: the documents of all shards before its own, and its row. One
 call reads the same range of keys in every shard. A range that does not fit in memory is halved until it does.
 A single key that more than `most` documents share (a template, a page of boilerplate) pairs nobody, and is
-reported.
+reported. What is found comes in pieces that fit, too.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megachat.data.index import Index, Keys, Rows
+from megachat.data.index import Open, Rows
 
 Numbers = NDArray[np.uint64]
 """Documents, by their place in the corpus."""
@@ -23,12 +25,43 @@ KEYS = 1 << 64
 RECORD = 64
 """Bytes of memory that a key takes while it is sorted."""
 
-Run = tuple[Keys, Rows, Rows]
-"""Of one shard: sorted keys, the rest of each (the digest's; nothing for a band), and the rows they belong
-to."""
+BEFORE = 8
+"""Documents of a bucket with which one is paired besides the first: with all, in a bucket of up to ten. A
+document that is unlike the first finds its like so long as that is not further off, in one band of many."""
 
-Part = tuple[Keys, Rows, Numbers]
-"""Sorted keys, the rest of each, and the documents they belong to."""
+Columns = tuple[NDArray[Any], ...]
+"""Sorted keys, for digests the rest of each, and the documents they belong to."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Sorted keys of a shard and what lies beside them, the last column being rows; read when wanted."""
+
+    shard: int
+    open: Open
+    names: tuple[str, ...]
+    """Of the columns."""
+    band: int | None = None
+    begin: int = 0
+    end: int = sys.maxsize
+
+    def between(self, low: int, high: int) -> "Run":
+        """The keys of [low, high)."""
+        keys = self._column(self.names[0])
+        # 2^64 is no uint64.
+        begin, end = (
+            len(keys) if bound >= KEYS else int(np.searchsorted(keys, np.uint64(bound)))
+            for bound in (low, high)
+        )
+        return replace(self, begin=self.begin + begin, end=self.begin + end)
+
+    def read(self) -> list[NDArray[Any]]:
+        """The columns, copied: a slice would keep the file open."""
+        return [np.array(self._column(name)) for name in self.names]
+
+    def _column(self, name: str) -> NDArray[Any]:
+        values = self.open(name)
+        return (values if self.band is None else values[self.band])[self.begin : self.end]
 
 
 @dataclass(frozen=True)
@@ -46,8 +79,8 @@ class Join:
 
     offsets: Numbers
     """For each shard the number of its first document."""
-    alive: Callable[[Numbers], NDArray[np.bool_]]
-    """Which documents take part."""
+    alive: Callable[[int, Rows], NDArray[np.bool_]]
+    """Which rows of a shard take part."""
     memory: int
     """Bytes to keep to."""
     most: int
@@ -55,30 +88,41 @@ class Join:
     hot: list[Hot] = field(default_factory=list)
     """The keys with more."""
 
-    def pairs(self, indices: Sequence[Index], band: int, low: int, high: int) -> tuple[Numbers, Numbers]:
-        """Pairs (smaller, larger), sorted, that connect all documents with a key of [low, high) in common.
+    @property
+    def room(self) -> int:
+        """Keys that fit."""
+        return max(self.memory // RECORD, 1)
 
-        Of those that share a key each is paired with the first and with the one before it, for all pairs
-        would be quadratically many.
+    def pairs(
+        self, indices: Sequence[Open], band: int, low: int, high: int
+    ) -> Iterator[tuple[Numbers, Numbers]]:
+        """Pairs (smaller, larger), each once, that connect all documents with a key of [low, high) in common.
+
+        Of those that share a key each is paired with the first and with some before it, for all pairs would
+        be quadratically many.
         """
-        runs = [(index.bands[band], index.band_rows[band], index.band_rows[band]) for index in indices]
-        found = [np.empty((2, 0), dtype=np.uint64)]
-        for keys, _, numbers in self._groups(runs, low, high):
+        runs = [Run(shard, open, ("bands", "band_rows"), band) for shard, open in enumerate(indices)]
+        step = max(self.room // (2 * BEFORE + 2), 1)
+        for keys, numbers in self._groups(runs, low, high):
             first = first_of_run(keys)
             sizes = np.bincount(first, minlength=len(keys))
             self.hot += [
                 Hot(int(sizes[start]), int(numbers[start])) for start in np.flatnonzero(sizes > self.most)
             ]
             later = np.flatnonzero((first != np.arange(len(keys))) & (sizes[first] <= self.most))
-            found.append(np.stack([numbers[first[later]], numbers[later]]))
-            found.append(np.stack([numbers[later - 1], numbers[later]]))
-        return distinct(*np.concatenate(found, axis=1))
+            for start in range(0, len(later), step):
+                some = later[start : start + step]
+                left, right = [first[some]], [some]
+                for back in range(1, BEFORE + 1):
+                    there = some - back > first[some]
+                    left.append(some[there] - back)
+                    right.append(some[there])
+                yield numbers[np.concatenate(left)], numbers[np.concatenate(right)]
 
-    def exact_copies(self, indices: Sequence[Index], low: int, high: int) -> tuple[Numbers, Numbers]:
-        """Documents, sorted, whose digest with a key of [low, high) is that of an earlier one; and that
-        one."""
-        runs = [(index.exact, index.check, index.exact_rows) for index in indices]
-        found = [np.empty((2, 0), dtype=np.uint64)]
+    def exact_copies(self, indices: Sequence[Open], low: int, high: int) -> Iterator[tuple[Numbers, Numbers]]:
+        """Documents whose digest with a key of [low, high) is that of an earlier one; and the first such."""
+        names = ("exact", "check", "exact_rows")
+        runs = [Run(shard, open, names) for shard, open in enumerate(indices)]
         seen: dict[tuple[int, int], int] = {}  # of the keys that come in several parts
         for keys, checks, numbers in self._groups(runs, low, high, whole=False):
             order = np.lexsort((numbers, checks, keys))
@@ -90,62 +134,54 @@ class Join:
                     digest = int(keys[start]), int(checks[start])
                     originals[first == start] = seen.setdefault(digest, int(numbers[start]))
             copies = originals != numbers
-            found.append(np.stack([numbers[copies], originals[copies]]))
-        copy, original = np.concatenate(found, axis=1)
-        order = np.argsort(copy)
-        return copy[order], original[order]
+            yield numbers[copies], originals[copies]
 
-    def _groups(self, runs: Sequence[Run], low: int, high: int, whole: bool = True) -> Iterator[Part]:
+    def _groups(self, runs: Sequence[Run], low: int, high: int, whole: bool = True) -> Iterator[Columns]:
         """The keys of [low, high), sorted, and the documents they belong to, in order; as much as fits at
         once.
 
         All of a key come together. One that does not fit is hot, or, unless `whole`, comes in several parts.
         """
-        spans = [tuple(_places(keys, low, high)) for keys, _, _ in runs]
-        total = sum(end - begin for begin, end in spans)
-        room = max(self.memory // RECORD, 1)
-        if total > room and high - low > 1:
+        runs = [run for run in (run.between(low, high) for run in runs) if run.end > run.begin]
+        total = sum(run.end - run.begin for run in runs)
+        if total > self.room and high - low > 1:
             middle = (low + high) // 2
             yield from self._groups(runs, low, middle, whole)
             yield from self._groups(runs, middle, high, whole)
-        elif total > room:
+        elif total > self.room:
             pieces = (
-                self._sorted(
-                    [runs[number]], [(start, min(start + room, end))], self.offsets[number : number + 1]
-                )
-                for number, (begin, end) in enumerate(spans)
-                for start in range(begin, end, room)
+                self._sorted([replace(run, begin=start, end=min(start + self.room, run.end))])
+                for run in runs
+                for start in range(run.begin, run.end, self.room)
             )
             yield from self._unless_hot(pieces) if whole else pieces
         elif total > 1:
-            yield self._sorted(runs, spans, self.offsets)
+            yield self._sorted(runs)
 
-    def _unless_hot(self, pieces: Iterable[Part]) -> Iterator[Part]:
+    def _unless_hot(self, pieces: Iterable[Columns]) -> Iterator[Columns]:
         """The documents of one key together, unless they are too many."""
-        found: list[Part] = []
+        found: list[Columns] = []
         count = 0
         for piece in pieces:
             count += len(piece[0])
-            if count <= self.most or not found:
+            if len(piece[0]) and (count <= self.most or not found):
                 found.append(piece)
         if count > self.most:
-            first = next(int(numbers[0]) for _, _, numbers in found if len(numbers))
-            self.hot.append(Hot(count, first))
-        else:
-            keys, rest, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
-            yield keys, rest, numbers
+            self.hot.append(Hot(count, int(found[0][-1][0])))
+        elif found:
+            yield tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
-    def _sorted(self, runs: Sequence[Run], spans: Sequence[tuple[int, ...]], offsets: Numbers) -> Part:
-        parts = [
-            (keys[begin:end], rest[begin:end], rows[begin:end] + offset)
-            for (keys, rest, rows), (begin, end), offset in zip(runs, spans, offsets, strict=True)
-        ]
-        keys, rest, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
-        there = self.alive(numbers)
-        keys, rest, numbers = keys[there], rest[there], numbers[there]
+    def _sorted(self, runs: Sequence[Run]) -> Columns:
+        parts = []
+        for run in runs:
+            *columns, rows = run.read()
+            there = self.alive(run.shard, rows)
+            numbers = rows[there] + self.offsets[run.shard]
+            parts.append([*(column[there] for column in columns), numbers])
+        found = [np.concatenate(column) for column in zip(*parts, strict=True)]
         # Each shard's are sorted by key and row, and the shards are in order: stable keeps the documents so.
-        order = np.argsort(keys, kind="stable")
-        return keys[order], rest[order], numbers[order]
+        order = np.argsort(found[0], kind="stable")
+        return tuple(column[order] for column in found)
 
 
 def distinct(left: Numbers, right: Numbers) -> tuple[Numbers, Numbers]:
@@ -155,14 +191,6 @@ def distinct(left: Numbers, right: Numbers) -> tuple[Numbers, Numbers]:
     fresh = np.ones(len(left), dtype=bool)
     fresh[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
     return left[fresh], right[fresh]
-
-
-def _places(keys: Keys, low: int, high: int) -> list[int]:
-    """Where the keys of [low, high) begin and end."""
-    # 2^64 is no uint64.
-    return [
-        len(keys) if bound >= KEYS else int(np.searchsorted(keys, np.uint64(bound))) for bound in (low, high)
-    ]
 
 
 def first_of_run(*columns: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:

@@ -30,6 +30,8 @@ _BASE = 0x9E3779B97F4A7C15
 """Of the polynomials; odd, so that it has an inverse modulo 2^64."""
 _MIX = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
 _MIX32 = 0x85EBCA6B, 0xC2B2AE35
+_PIECE = 1 << 20
+"""Bytes of text that NumPy takes at a time: it needs about 60 times as much memory."""
 _EMPTY = 0xFFFFFFFF
 """What a signature holds before the first shingle."""
 
@@ -98,15 +100,15 @@ class Signer:
                     signatures[number] = minhash(hashes, self.permutations)
         return signatures, signed
 
-    def _shingles(self, texts: Texts) -> list[NDArray[np.uint32]]:
+    def _shingles(self, texts: Texts) -> Iterator[NDArray[np.uint32]]:
         """The hashes of each text's shingles, by NumPy."""
-        hashes, alone, owner = _words(texts)
-        bounds = np.searchsorted(owner, np.arange(len(texts) + 1))
-        shingles = []
-        for first, last in itertools.pairwise(bounds):
-            size = self.characters if 2 * alone[first:last].sum() > last - first else self.words
-            shingles.append(_runs(hashes[first:last], size))
-        return shingles
+        for some in _batches(texts):
+            pieces = map(_words, _cut(some) if len(some) == 1 else [some])
+            hashes, alone, owner = (np.concatenate(column) for column in zip(*pieces, strict=True))
+            bounds = np.searchsorted(owner, np.arange(len(some) + 1))
+            for first, last in itertools.pairwise(bounds):
+                size = self.characters if 2 * alone[first:last].sum() > last - first else self.words
+                yield _runs(hashes[first:last], size)
 
 
 @functools.cache
@@ -131,6 +133,41 @@ def minhash(hashes: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
         permuted = factors[:, None] * values[start : start + 1024] + addends[:, None]
         np.minimum(smallest, permuted.min(axis=1), out=smallest)
     return smallest
+
+
+def _batches(texts: Texts) -> Iterator[Texts]:
+    """As many texts as have `_PIECE` bytes together, or a longer one alone."""
+    first = 0
+    while first < len(texts):
+        last = int(np.searchsorted(texts.ends, texts.ends[first] + _PIECE, side="right")) - 1
+        last = max(last, first + 1)
+        begin, end = texts.ends[first], texts.ends[last]
+        yield Texts(texts.data[begin:end], texts.ends[first : last + 1] - begin)
+        first = last
+
+
+def _cut(text: Texts) -> Iterator[Texts]:
+    """A text in pieces of `_PIECE` bytes, cut where no word is: before a blank or a Chinese character.
+
+    Where there is neither, a piece goes on to the next one.
+    """
+    data, begin = text.data, 0
+    while begin + _PIECE < len(data):
+        window = data[begin + 1 : begin + _PIECE + 1]
+        stops = np.flatnonzero(_stops(window))
+        if len(stops):
+            end = begin + 1 + int(stops[-1])
+        else:
+            further = _stops(data[begin + _PIECE + 1 :])
+            end = begin + _PIECE + 1 + (int(further.argmax()) if further.any() else len(further))
+        yield Texts(data[begin:end], np.array([0, end - begin]))
+        begin = end
+    yield Texts(data[begin:], np.array([0, len(data) - begin]))
+
+
+def _stops(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which bytes are a blank, or the first of a character from U+4000 to U+9FFF."""
+    return (data == 0x20) | (data == 0x0A) | ((data >= 0xE4) & (data <= 0xE9))
 
 
 def _words(texts: Texts) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.int64]]:

@@ -9,14 +9,13 @@ is done again. A step's folder is named for the hash of all that its result depe
 import functools
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megachat import __version__
 from megachat.data.executor import Executor
-from megachat.files import write_json
+from megachat.files import remove, write_json
 from megachat.log import progress
 
 Record = dict[str, Any]
@@ -68,4 +67,4 @@ def carry_out(step: Step, executor: Executor, share: tuple[int, int] = (0, 1)) -
             bar.update()
     if not step.missing():
         for left in step.folder.glob("*.tmp"):  # by tasks that were killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)

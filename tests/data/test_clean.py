@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.parquet import ParquetFile
 
 from megachat.__main__ import main
 from megachat.config import compose
-from megachat.data.clean import Clean
+from megachat.data.clean import Clean, shards_for
 from megachat.data.document import Broken, Document, read_documents
 from megachat.data.sources import Part, Source
 from tests.tiny_run import environment
@@ -61,6 +62,68 @@ def report(run: Path) -> dict[str, Any]:
 
 def removed(run: Path) -> dict[str, int]:
     return {row["step"]: row["documents_removed"] for row in report(run)["rows"] if row["documents_removed"]}
+
+
+class Listed(Source):
+    """Parts as some store lists them, which the settings do not show."""
+
+    sizes: list[int]
+
+    def parts(self) -> list[Part]:
+        return [Part(name=f"part-{number}", size=size) for number, size in enumerate(self.sizes)]
+
+
+def listing(run: Path, *sizes: int) -> Clean:
+    return stage(run, {}).model_copy(update={"corpus": {"remote": Listed(sizes=list(sizes))}})
+
+
+def test_parts_of_unknown_size_are_not_all_in_one_shard(run: Path) -> None:
+    unknown = [0] * 2410
+    assert len(listing(run, *unknown)._shards()) == 1571  # 1024 * (2410 / 1024) ** 0.5
+    with_a_large_one = listing(run, *unknown[:1000], 100_000_000_000, *unknown[1000:])._shards()
+    assert len(with_a_large_one) > 1571
+    assert max(map(len, with_a_large_one)) <= 2
+
+
+def test_shards_grow_more_slowly_than_the_corpus() -> None:
+    sizes = [1.0, 5e6, 4.096e9, 4 * 4.096e9, 8e12, 1e15]
+    assert [shards_for(size) for size in sizes] == [1, 2, 1024, 2048, 45255, 65536]
+
+
+def test_what_was_collected_of_other_parts_is_not_taken_for_these(run: Path, tmp_path: Path) -> None:
+    def at(*sizes: int) -> Path:
+        return next(listing(run, *sizes)._steps()).folder
+
+    assert at(7, 8) == at(7, 8)
+    assert at(7, 8) != at(7, 9)
+    words = tmp_path / "words.txt"
+    words.write_text("spam\n")
+    tree = compose("clean", ["filters=bad_words", f"filters.bad_words.path={words}"])
+    before = next(Clean.of(tree)._steps()).folder
+    assert next(Clean.of(tree)._steps()).folder == before
+    words.write_text("spam\neggs\n")
+    assert next(Clean.of(tree)._steps()).folder != before
+
+
+def test_shards_that_a_killed_run_has_left_are_not_read(run: Path) -> None:
+    (run / "clean").mkdir(parents=True)
+    for name in ("text-00001.jsonl.zst", "text-00000.jsonl.zst.1.tmp"):
+        (run / "clean" / name).write_bytes(b"of a run with more shards")
+    stage(run, {"mine": [("a", prose(1))]}).execute()
+    assert [path.name for path in (run / "clean").glob("text-*")] == ["text-00000.jsonl.zst"]
+
+
+def test_a_row_group_has_no_more_than_so_many_short_documents(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megachat.data.collect.ROWS", 10)
+    stage(run, {"mine": [(str(number), f"text {number}") for number in range(25)]}, "filters=none").execute()
+    rows = [
+        [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        for file in map(ParquetFile, sorted((run / "work").glob("collect-*/*.parquet")))
+    ]
+    assert sum(map(sum, rows)) == 25
+    assert max(map(max, rows)) <= 10
 
 
 def test_each_document_is_removed_for_its_own_reason_and_the_report_says_so(run: Path) -> None:
@@ -179,6 +242,24 @@ main(sys.argv[2:])
     assert {name: again[name] for name in expected} == expected
 
 
+@pytest.mark.slow
+def test_rays_workers_write_the_bytes_of_the_pools(run: Path) -> None:
+    ray = pytest.importorskip("ray")
+    for number in range(4):
+        own = [prose(n % 40) for n in range(number * 15, number * 15 + 20)]
+        settings = jsonl(run.parent / "corpus" / f"{number}.jsonl", own)
+    executors = {"pool": ["executor.processes=2"], "ray": ["executor=ray", "executor.address=local"]}
+    try:
+        for name, executor in executors.items():
+            overrides = [*settings, *executor, f"run={run / name}", "shards=4"]
+            Clean.of(compose("clean", overrides)).execute()
+    finally:
+        ray.shutdown()
+    made = [{path.name: path.read_bytes() for path in (run / name / "clean").iterdir()} for name in executors]
+    assert len(made[0]) == 4 + 2
+    assert made[0] == made[1]
+
+
 def test_steps_one_by_one_in_shares_make_what_one_call_makes(run: Path) -> None:
     settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n % 20) for n in range(30)])
     settings += jsonl(run.parent / "corpus" / "1.jsonl", [prose(n % 20) for n in range(30)])
@@ -223,6 +304,12 @@ def test_copies_of_an_earlier_run_go_and_its_own_documents_stay(run: Path) -> No
     third = [("near near c", prose(3).replace("weight", "mass", 2)), ("d", prose(4)), ("a", prose(1))]
     stage(run / "third", {"mine": third}, f"against=[{old},{new}]").execute()
     assert [name for name, _ in texts(run / "third" / "clean")] == ["d"]
+    by_id = [("0 near c", prose(3).replace("weight", "mass", 2)), ("0 is d", prose(4)), ("0 is a", prose(1))]
+    by_id += [("e", prose(5)), ("0 is e", prose(5)), ("f", prose(6))]
+    by_id += [("0 near f", prose(6).replace("weight", "mass", 1))]
+    fourth = f"against=[{old},{new},{run / 'third'}]"
+    stage(run / "fourth", {"mine": by_id}, fourth, "dedup.keep=id").execute()
+    assert [name for name, _ in texts(run / "fourth" / "clean")] == ["0 is e", "0 near f"]
     with pytest.raises(ValueError, match=r"old was signed with .*'words': 5.* this run is with .*'words': 4"):
         stage(run / "third", {"mine": third}, f"against=[{old}]", "dedup.words=4").execute()
     with pytest.raises(ValueError, match=r"nowhere/clean/index\.json is missing; name a run in which"):

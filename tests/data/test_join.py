@@ -1,22 +1,25 @@
 """Who shares a key, however many shards and however little memory; and an index of under 300 bytes."""
 
-import itertools
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megachat.data.index import Index, agreement, band_keys, digests, sketches
-from megachat.data.join import KEYS, Hot, Join
+from megachat.data.index import Index, Open, Rows, agreement, band_keys, digests, sketches
+from megachat.data.join import BEFORE, KEYS, Hot, Join
 from megachat.data.minhash import Texts
 
 
-def runs(keys: list[list[int]]) -> list[Index]:
+def runs(keys: list[list[int]]) -> list[Open]:
     """An index for each shard, with one band; the i-th document has the i-th key."""
     made = []
     for shard in keys:
@@ -24,14 +27,17 @@ def runs(keys: list[list[int]]) -> list[Index]:
         order = np.argsort(own, kind="stable")
         rows = order.astype(np.uint32)
         zeros = np.zeros(len(own), dtype=np.uint32)
-        made.append(
-            Index(own[order], zeros, rows, own[order][None], rows[None], np.zeros((len(own), 1), np.uint8))
-        )
+        short = np.zeros((len(own), 1), np.uint8)
+        made.append(partial(getattr, Index(own[order], zeros, rows, own[order][None], rows[None], short)))
     return made
 
 
-def everyone(numbers: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    return np.ones(len(numbers), dtype=bool)
+def everyone(shard: int, rows: Rows) -> NDArray[np.bool_]:
+    return np.ones(len(rows), dtype=bool)
+
+
+def listed(pieces: Iterable[tuple[NDArray[np.uint64], NDArray[np.uint64]]]) -> list[tuple[int, int]]:
+    return sorted(pair for sides in pieces for pair in zip(*(side.tolist() for side in sides), strict=True))
 
 
 def join(keys: list[list[int]], memory: int = 1 << 20, most: int = 1000) -> Join:
@@ -43,16 +49,31 @@ def found(keys: list[list[int]], memory: int = 1 << 20, parts: int = 1) -> list[
     pairs = []
     for part in range(parts):
         span = KEYS * part // parts, KEYS * (part + 1) // parts
-        pairs += list(
-            zip(*(side.tolist() for side in join(keys, memory).pairs(runs(keys), 0, *span)), strict=True)
-        )
+        pairs += listed(join(keys, memory).pairs(runs(keys), 0, *span))
     return sorted(pairs)
 
 
-def test_each_is_paired_with_the_first_of_its_key_and_the_one_before() -> None:
+def paired(own: list[int]) -> set[tuple[int, int]]:
+    """Each with the first and with some before it."""
+    return {
+        (own[other], own[place])
+        for place in range(len(own))
+        for other in {0, *range(place - BEFORE, place)}
+        if 0 <= other < place
+    }
+
+
+def test_of_a_few_with_one_key_each_is_paired_with_each() -> None:
     keys = [[7, 9, 7, KEYS - 1], [7, 3, KEYS - 1, 7]]
-    # Documents 0, 2, 4, 7 have key 7, and 3 and 6 the largest key there is.
-    assert found(keys) == [(0, 2), (0, 4), (0, 7), (2, 4), (3, 6), (4, 7)]
+    # Documents 0, 2, 4, 7 have key 7, of which 2 and 7 may be alike and unlike the others; 3 and 6 have the
+    # largest key there is.
+    assert found(keys) == [(0, 2), (0, 4), (0, 7), (2, 4), (2, 7), (3, 6), (4, 7)]
+
+
+def test_of_many_with_one_key_each_is_paired_with_the_first_and_some_before_it() -> None:
+    pairs = found([[7] * 1000])
+    assert pairs == sorted(paired([*range(1000)]))
+    assert len(pairs) < 1000 * (BEFORE + 1)
 
 
 @pytest.mark.parametrize("memory", [64, 640, 1 << 20])
@@ -67,13 +88,7 @@ def test_neither_memory_nor_ranges_change_the_pairs(memory: int, parts: int) -> 
         by_key[key].append(number)
     expected = found(keys)
     assert max(map(len, by_key.values())) > 640 // 64
-    assert expected == sorted(
-        {
-            pair
-            for own in by_key.values()
-            for pair in [*itertools.pairwise(own), *((own[0], other) for other in own[1:])]
-        }
-    )
+    assert expected == sorted(pair for own in by_key.values() for pair in paired(own))
     assert found(keys, memory, parts) == expected
 
 
@@ -81,23 +96,31 @@ def test_neither_memory_nor_ranges_change_the_pairs(memory: int, parts: int) -> 
 def test_a_key_of_too_many_pairs_nobody_and_is_told(memory: int) -> None:
     keys = [[5] * 30 + [8, 8], [5] * 11]
     joined = join(keys, memory, most=40)
-    left, right = joined.pairs(runs(keys), 0, 0, KEYS)
-    assert (left.tolist(), right.tolist()) == ([30], [31])
+    assert listed(joined.pairs(runs(keys), 0, 0, KEYS)) == [(30, 31)]
     assert joined.hot == [Hot(41, 0)]
+
+
+def test_a_key_of_too_many_is_told_though_those_read_first_take_no_part() -> None:
+    keys = [[5] * 10, [5] * 20]
+    late = Join(np.array([0, 10], np.uint64), lambda shard, rows: np.full(len(rows), shard == 1), 640, most=3)
+    assert listed(late.pairs(runs(keys), 0, 0, KEYS)) == []
+    assert late.hot == [Hot(20, 10)]
+    none = Join(np.array([0, 10], np.uint64), lambda shard, rows: np.zeros(len(rows), bool), 640, most=3)
+    assert listed(none.pairs(runs(keys), 0, 0, KEYS)) == []
 
 
 @pytest.mark.parametrize("memory", [64 * 5, 1 << 20])
 def test_exact_copies_are_found_though_one_text_fills_the_memory(memory: int) -> None:
     keys = [[5] * 30 + [8, 8], [9, *[5] * 11]]
-    copies, originals = join(keys, memory).exact_copies(runs(keys), 0, KEYS)
-    assert copies.tolist() == [*range(1, 30), 31, *range(33, 44)]
-    assert originals.tolist() == [0] * 29 + [30] + [0] * 11
+    copies, originals = zip(*listed(join(keys, memory).exact_copies(runs(keys), 0, KEYS)), strict=True)
+    assert copies == (*range(1, 30), 31, *range(33, 44))
+    assert originals == (*[0] * 29, 30, *[0] * 11)
 
 
 @pytest.mark.slow
 def test_a_hot_key_of_millions_stays_within_its_memory(tmp_path: Path) -> None:
     program = """
-import resource, numpy as np
+import functools, resource, numpy as np
 from megachat.data.index import Index
 from megachat.data.join import KEYS, Join
 many = 4_000_000
@@ -110,9 +133,9 @@ keys, rows = np.load("keys.npy", mmap_mode="r"), np.load("rows.npy", mmap_mode="
 index = Index(keys, rows, rows, keys[None], rows[None], np.zeros((1, 1), np.uint8))
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000,) * 2)   # the keys alone would take 256 MB
-join = Join(np.zeros(1, np.uint64), lambda numbers: np.ones(len(numbers), bool), 20_000_000, 100_000)
-left, right = join.pairs([index], 0, 0, KEYS)
-assert len(left) == 0 and [hot.documents for hot in join.hot] == [many], (len(left), join.hot)
+join = Join(np.zeros(1, np.uint64), lambda shard, rows: np.ones(len(rows), bool), 20_000_000, 100_000)
+found = sum(len(left) for left, right in join.pairs([functools.partial(getattr, index)], 0, 0, KEYS))
+assert found == 0 and [hot.documents for hot in join.hot] == [many], (found, join.hot)
 """
     import tempfile
 
@@ -137,12 +160,33 @@ def test_exact_copies_differ_in_blanks_and_the_case_of_a_to_z_alone() -> None:
 def test_the_index_of_a_document_takes_less_than_300_bytes(tmp_path: Path) -> None:
     signatures = np.random.default_rng(0).integers(2**32, size=(2000, 112), dtype=np.uint32)
     texts = Texts.of([f"text {number}" for number in range(2000)])
-    Index.make(digests(texts), signatures, np.ones(2000, dtype=bool), bands=14).write(tmp_path / "index")
+    part = digests(texts), signatures, np.ones(2000, dtype=bool)
+    Index.make([part], 2000, bands=14, rows=8).write(tmp_path / "index")
     size = sum(path.stat().st_size for path in (tmp_path / "index").iterdir())
     assert 290 < size / 2000 < 300
-    again = Index.read(tmp_path / "index")
-    assert np.array_equal(again.sketches, signatures.astype(np.uint8))
-    assert (np.diff(again.bands.astype(object), axis=1) >= 0).all()
+    assert np.array_equal(Index.open(tmp_path / "index", "sketches"), signatures.astype(np.uint8))
+    assert (np.diff(Index.open(tmp_path / "index", "bands").astype(object), axis=1) >= 0).all()
+
+
+def test_an_index_is_the_same_in_parts_and_takes_under_400_bytes_a_document_to_make() -> None:
+    signatures = np.random.default_rng(0).integers(2**32, size=(40_000, 112), dtype=np.uint32)
+    signed = np.arange(40_000) % 5 > 0
+    found = digests(Texts.of([f"text {number % 30_000}" for number in range(40_000)]))
+
+    def parts(size: int) -> Iterable[tuple[NDArray[Any], NDArray[np.uint32], NDArray[np.bool_]]]:
+        for start in range(0, 40_000, size):
+            part = slice(start, start + size)
+            yield found[part], signatures[part], signed[part]
+
+    whole = Index.make(parts(40_000), 40_000, 14, 8)
+    tracemalloc.start()
+    made = Index.make(parts(500), 40_000, 14, 8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 * 40_000
+    for name, values in vars(whole).items():
+        assert np.array_equal(values, getattr(made, name))
+    assert not made.sketches[~signed].any()
 
 
 def test_a_bands_key_is_that_of_its_eight_values_alone() -> None:

@@ -1,6 +1,9 @@
 """Signatures: equal to datasketch's, equal with and without numba, and of what the fold says counts."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
 from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +49,28 @@ def test_a_text_with_more_words_than_there_is_room_for_is_signed_whole() -> None
     assert np.array_equal(slow[0], fast[0])
 
 
+@pytest.mark.parametrize("piece", [1, 7, 40])
+def test_numpy_signs_a_text_in_pieces_as_it_signs_it_whole(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [*SAMPLES, " ".join(SAMPLES), "".join(SAMPLES), "a" * 100 + " b c d e", "中" * 50 + "x" * 50, ""]
+    whole = SIGNER.sign(Texts.of(texts), fast=False)
+    monkeypatch.setattr("megachat.data.minhash._PIECE", piece)
+    for one, other in zip(whole, SIGNER.sign(Texts.of(texts), fast=False), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_numpy_signs_a_text_of_many_megabytes_in_the_memory_of_a_few() -> None:
+    texts = Texts.of([" ".join(f"word{number % 5000}" for number in range(800_000))])
+    fold()
+    tracemalloc.start()
+    SIGNER.sign(texts, fast=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(texts.data) > 7e6
+    assert peak < 20 * len(texts.data)
+
+
 def signed(*texts: str) -> list[bool]:
     return [bool(one) for one in SIGNER.sign(Texts.of(texts), fast=False)[1]]
 
@@ -58,7 +83,7 @@ def same(one: str, other: str) -> bool:
 
 def test_a_signature_is_datasketchs_of_the_shingles_hashes() -> None:
     text = "One, two; three (four) five six!"
-    hashes = SIGNER._shingles(Texts.of([text]))[0]
+    hashes = next(SIGNER._shingles(Texts.of([text])))
     assert len(hashes) == 2  # six words in runs of five
     assert minhash(hashes, 112).tolist() == SIGNER.sign(Texts.of([text]), fast=True)[0][0].tolist()
 

@@ -120,7 +120,7 @@ class Stage:
 
     def _once(self, prepared: Prepared, inputs: str, name: str) -> tuple[float, float]:
         """Seconds by the clock and of the processors, from the command to its end."""
-        settings = [f"encoder={self.encoder}", f"{processes_setting()}={self.cores}"]
+        settings = [f"encoder={self.encoder}", f"executor.processes={self.cores}"]
         settings += [f"validation={prepared.validation}", f"inputs={prepared.folder / inputs}"]
         before, started = clock.processor_time(), time.perf_counter()
         done = subprocess.run(
@@ -246,11 +246,6 @@ def few(documents: Sequence[Document]) -> list[Document]:
 
 
 @functools.cache
-def processes_setting() -> str:
-    """What the stage calls its number of processes: its executor's, if it has one."""
-    return "executor.processes" if "executor" in compose("encode") else "processes"
-
-
 def written(folder: Path, prepared: Prepared) -> Iterator[str]:
     """Digests of what `encode` wrote for each document, without `bos` and `eos`."""
     own = {}
