@@ -9,6 +9,7 @@ is done again. A step's folder is named for the hash of all that its result depe
 import functools
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from megachat import __version__
 from megachat.data.executor import Executor
 from megachat.files import remove, write_json
-from megachat.log import progress
+from megachat.log import progress, say
 
 Record = dict[str, Any]
 """What a task tells of its work."""
@@ -62,9 +63,12 @@ def carry_out(step: Step, executor: Executor, share: tuple[int, int] = (0, 1)) -
     own = range(share[0], step.tasks, share[1])
     tasks = [task for task in step.missing() if task in own]
     step.folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
     with progress(step.name, len(own), "task", len(own) - len(tasks)) as bar:
         for _ in executor.run(step.perform, tasks):
             bar.update()
+    if (seconds := time.monotonic() - started) > 1:
+        say(f"{step.name}: {len(tasks):,} tasks in {seconds:,.1f} s")
     if not step.missing():
         for left in step.folder.glob("*.tmp"):  # by tasks that were killed
             remove(left)
