@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from megachat.data.boilerplate import Boilerplate
 from megachat.data.collect import EXACT, EXAMPLES, HITS, NEAR, Collect, Select, Write
-from megachat.data.contamination import Benchmarks
+from megachat.data.contamination import Benchmarks, largest
 from megachat.data.copies import SIGNING, Corpus, Found, Shards, hot_buckets, search
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Executor
@@ -235,7 +236,12 @@ class Clean(Stage):
             "clusters": clusters(made.found.settle, made.found, made.corpus),
             "quarantine": quarantine(made.collect.records),
             "hot_buckets": buckets,
-            "contamination": [hit for record in made.collect.records for hit in record["hits"]][:HITS],
+            "contamination": largest(
+                [hit for record in made.collect.records for hit in record["hits"]], HITS
+            ),
+            "contaminated": sum(
+                (Counter(record["benchmarks"]) for record in made.collect.records), Counter()
+            ),
             "minhash": SCHEME,
             "unicode": unicodedata.unidata_version,
         }

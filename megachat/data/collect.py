@@ -93,7 +93,7 @@ class Collect(Step):
         rules = measured(self.filters)
         names = [column for rule, filter in rules.items() for column in columns(rule, filter)]
         names += [SHARED] if self.benchmarks.paths else []
-        overlaps = Overlaps(self.benchmarks.threshold, HITS, HITS_OF_ONE)
+        overlaps = Overlaps(HITS, HITS_OF_ONE)
         schema = pa.schema({**SCHEMA, **dict.fromkeys(names, pa.float64())})
         count = 0
         with (

@@ -281,21 +281,16 @@ class Index:
 class Overlaps:
     """What the documents of a shard share with benchmarks: the largest shares, and how many documents do."""
 
-    def __init__(self, threshold: float, most: int, each: int) -> None:
-        self.threshold = threshold
+    def __init__(self, most: int, each: int) -> None:
         self.most, self.each = most, each
         """Hits that are kept of all documents, and of one."""
-        self.documents: dict[str, list[int]] = {}
-        """For each benchmark the documents that share a run with it, and those that it removes."""
+        self.documents = Counter[str]()
+        """For each benchmark the documents that share a run with it."""
         self._hits: list[dict[str, Any]] = []
 
     def add(self, document: str, hits: Sequence[Hit]) -> None:
         """The hits of a document, the largest share first."""
-        largest = {hit.benchmark: hit.share for hit in reversed(hits)}
-        for benchmark, share in largest.items():
-            counts = self.documents.setdefault(benchmark, [0, 0])
-            counts[0] += 1
-            counts[1] += share >= self.threshold
+        self.documents.update({hit.benchmark for hit in hits})
         self._hits += [
             {"benchmark": hit.benchmark, "item": hit.item, "share": round(hit.share, 3)}
             | {"document": document, "ngram": hit.text}
@@ -307,4 +302,9 @@ class Overlaps:
     @property
     def hits(self) -> list[dict[str, Any]]:
         """The hits with the largest shares; of equal ones those that came first."""
-        return sorted(self._hits, key=lambda hit: -float(hit["share"]))[: self.most]
+        return largest(self._hits, self.most)
+
+
+def largest(hits: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The hits with the largest shares; of equal ones those that came first."""
+    return sorted(hits, key=lambda hit: -float(hit["share"]))[:most]

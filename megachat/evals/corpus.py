@@ -222,9 +222,11 @@ def contamination(clean: Facts) -> Html | None:
         ]
         for of in clean.get("contamination", ())
     ]
+    found = [f"{name}: {plural(count, 'document')}" for name, count in clean.get("contaminated", {}).items()]
     return listed(
         "Contamination",
-        "Items of benchmarks found in the corpus, with the share of their n-grams that is there.",
+        "Items of benchmarks found in the corpus, with the share of their n-grams that is there; the largest "
+        f"shares. Something of {'; '.join(found) or 'a benchmark: no document'}.",
         ["Benchmark", "Item", "Share", "Document", "For example"],
         rows,
         numeric=(2,),
