@@ -228,20 +228,17 @@ class Clean(Stage):
             {"band": band, "documents": hot.documents, "sample": document(made.corpus, hot.example)}
             for band, hot in hot_buckets(made.found.join)[:EXAMPLES]
         ]
+        read = made.collect.records
         report = {
             "rows": [asdict(row) for row in rows],
             "funnel": as_records(funnel),
             **summary,
             "lengths": lengths(made.write.records),
             "clusters": clusters(made.found.settle, made.found, made.corpus),
-            "quarantine": quarantine(made.collect.records),
+            "quarantine": quarantine(read),
             "hot_buckets": buckets,
-            "contamination": largest(
-                [hit for record in made.collect.records for hit in record["hits"]], HITS
-            ),
-            "contaminated": sum(
-                (Counter(record["benchmarks"]) for record in made.collect.records), Counter()
-            ),
+            "contamination": largest([hit for record in read for hit in record["hits"]], HITS),
+            "contaminated": sum((Counter(record["benchmarks"]) for record in read), Counter()),
             "minhash": SCHEME,
             "unicode": unicodedata.unidata_version,
         }

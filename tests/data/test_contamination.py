@@ -192,7 +192,7 @@ def test_hashes_are_the_same_in_every_process() -> None:
 
 
 def test_the_largest_shares_are_kept_and_the_documents_of_each_benchmark_counted() -> None:
-    overlaps = Overlaps(threshold=0.5, most=3, each=2)
+    overlaps = Overlaps(most=3, each=2)
     for number in range(100):
         overlaps.add(f"small {number}", [Hit("a", f"a:{number}", number / 1000, "x")])
     large = [Hit("a", "a:7", 0.9, "y"), Hit("b", "b:1", 0.6, "y"), Hit("a", "a:8", 0.5, "y")]
@@ -201,4 +201,4 @@ def test_the_largest_shares_are_kept_and_the_documents_of_each_benchmark_counted
     assert [(hit["document"], hit["item"], hit["share"]) for hit in overlaps.hits] == [
         ("large", "a:7", 0.9), ("large", "b:1", 0.6), ("small 99", "a:99", 0.099)
     ]  # fmt: skip
-    assert overlaps.documents == {"a": [101, 1], "b": [1, 1]}
+    assert overlaps.documents == {"a": 101, "b": 1}
