@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -59,10 +60,10 @@ class TokenWindows:
             raise IndexError(f"window {number} of {len(self)}")
         stop = start + self.length + 1
         first, begins = self.shards.within(start, stop)
-        edges = np.concatenate([[start], begins, [stop]])
+        sizes = [end - begin for begin, end in pairwise([start, *begins, stop])]
         return {
             "tokens": self.shards.read(start, stop),
-            "documents": np.repeat(np.arange(first, first + len(begins) + 1), np.diff(edges)),
+            "documents": np.repeat(np.arange(first, first + len(sizes)), sizes),
         }
 
 

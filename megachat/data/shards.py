@@ -21,6 +21,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -195,16 +196,19 @@ class Shard:
             begins[:ends] = pointers[firsts[:ends] - low] // self._width
         return begins
 
-    def within(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+    def within(self, start: int, stop: int) -> tuple[int, list[int]]:
         """The document that token `start` is of, and where those after it begin that begin before `stop`."""
         sequence = bisect_right(self._pointers, start * self._width) - 1
         first = bisect_right(self._firsts, sequence) - 1
-        count = 8
-        while True:
-            begins = self.starts(first + 1, min(first + 1 + count, len(self) + 1))
-            if first + 1 + count > len(self) or begins[-1] >= stop:
-                return first, begins[: np.searchsorted(begins, stop)]
-            count *= 4
+        begins = []
+        for number in range(first + 1, len(self)):
+            if self._firsts[number] == len(self._pointers):  # an empty document at the end
+                break
+            begin = self._pointers[self._firsts[number]] // self._width
+            if begin >= stop:
+                break
+            begins.append(begin)
+        return first, begins
 
     @property
     def mask(self) -> NDArray[np.uint8] | None:
@@ -231,11 +235,11 @@ class Shards:
     def __init__(self, shards: Sequence[Shard]) -> None:
         assert shards, "no shards"
         self.shards = list(shards)
-        self.starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
-        self.before = np.cumsum([0, *map(len, shards)])
+        self.starts = [*accumulate((len(shard.tokens) for shard in shards), initial=0)]
+        self.before = [*accumulate(map(len, shards), initial=0)]
 
     def __len__(self) -> int:
-        return int(self.before[-1])
+        return self.before[-1]
 
     @property
     def documents(self) -> NDArray[np.int64]:
@@ -243,20 +247,20 @@ class Shards:
         starts = zip(self.shards, self.starts[:-1], strict=True)
         return np.concatenate([*(shard.documents[:-1] + start for shard, start in starts), self.starts[-1:]])
 
-    def within(self, start: int, stop: int) -> tuple[int, NDArray[np.int64]]:
+    def within(self, start: int, stop: int) -> tuple[int, list[int]]:
         """The document that token `start` is of, and where those after it begin that begin before `stop`."""
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        begin, end = self.starts[first : first + 2].tolist()
+        first = bisect_right(self.starts, start) - 1
+        begin, end = self.starts[first], self.starts[first + 1]
         document, begins = self.shards[first].within(start - begin, min(stop, end) - begin)
-        document, begins = document + int(self.before[first]), begins + begin
+        document, begins = document + self.before[first], [begin + one for one in begins]
         if stop <= end:
             return document, begins
-        return document, np.concatenate([begins, [end], self.within(end, stop)[1]])
+        return document, [*begins, end, *self.within(end, stop)[1]]
 
     @property
     def size(self) -> int:
         """How many tokens there are."""
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     @property
     def sums(self) -> list[str]:
@@ -267,8 +271,8 @@ class Shards:
         """The tokens from `start` to `stop`, which may lie in several shards."""
         if len(self.shards) == 1:
             return self.shards[0].tokens[start:stop].astype(np.int64)
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        begin = int(self.starts[first])
+        first = bisect_right(self.starts, start) - 1
+        begin = self.starts[first]
         found = self.shards[first].tokens[start - begin : stop - begin].astype(np.int64)
         if begin + len(self.shards[first].tokens) >= stop:
             return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -182,13 +183,15 @@ class Pretrain(Task):
 
 
 def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
-    tokens = torch.stack([torch.as_tensor(row["tokens"]) for row in rows]).to(device)
-    documents = torch.stack([torch.as_tensor(row["documents"]) for row in rows]).to(device)
+    tokens, documents = (
+        torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in ("tokens", "documents")
+    )
     # The first token of a document cannot be predicted from the one before it; padding (-1) is no document.
-    apart = (documents[:, 1:] != documents[:, :-1]) | (documents[:, 1:] < 0)
+    apart = documents[:, 1:] != documents[:, :-1]
+    apart |= documents[:, 1:] < 0
     labels = tokens[:, 1:].masked_fill(apart, -100)
     return Tokens(
-        weight=float((labels != -100).sum()),
+        weight=float(apart.numel() - apart.sum().item()),
         tokens=labels.numel(),
         samples=len(rows),
         inputs=tokens[:, :-1].contiguous(),

@@ -151,7 +151,7 @@ def test_where_documents_begin_is_read_for_any_part(tmp_path: Path) -> None:
             first = max(number for number, begin in enumerate(begins[:-1]) if begin <= start)
             inside = [begin for begin in begins[first + 1 :] if begin < stop]
             found, edges = shard.within(start, min(stop, begins[-1]))
-            assert (found, edges.tolist()) == (
+            assert (found, edges) == (
                 first,
                 [edge for edge in inside if edge < min(stop, begins[-1])],
             )
@@ -162,7 +162,7 @@ def test_opening_a_shard_and_reading_a_window_holds_none_of_its_index(tmp_path: 
         writer.add_many(np.ones(3_000_000, np.int64), np.full(1_000_000, 3))
     tracemalloc.start()
     shard = Shard(tmp_path / "x")
-    assert shard.within(1_500_000, 1_500_010)[1].tolist() == [1_500_003, 1_500_006, 1_500_009]
+    assert shard.within(1_500_000, 1_500_010)[1] == [1_500_003, 1_500_006, 1_500_009]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000  # the index takes 20 MB
