@@ -133,6 +133,8 @@ class Clean(Stage):
                 names = ", ".join(step.name for step in done)
                 raise ValueError(f"stage: there is no step {self.stage!r}; there are {names}") from None
             self._finish(end.value)
+        finally:
+            self.executor.close()
 
     def _one(self, step: Step) -> bool:
         """Whether this is the step that was asked for, now done; any before it must be done already."""

@@ -4,11 +4,14 @@ The one file that imports ray. Ray gets tasks alone, no state and no data: they 
 every machine sees, so a task that is lost is done again elsewhere.
 """
 
+import functools
 import multiprocessing
 import os
+import pickle
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -25,6 +28,9 @@ class Executor(Config):
         """Runs the task for every number, and yields each that is done. The first error ends it."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Lets go of what is kept from one step to the next."""
+
 
 class Local(Executor):
     """Processes on this machine."""
@@ -39,20 +45,30 @@ class Local(Executor):
                 task(number)
                 yield number
             return
-        # spawn: the fork of a process with threads (NumPy's, the progress bar's) can hang.
-        pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (task,))
-        try:
-            waiting = {pool.submit(_do, number): number for number in numbers}
-            for done in as_completed(waiting):
-                done.result()
-                yield waiting[done]
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process was killed, perhaps for want of memory; what is done is kept: run the same "
-                f"command again, with fewer than executor.processes={processes} if it was memory"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with tempfile.NamedTemporaryFile(suffix=".task") as file:  # read once, not sent with every number
+            pickle.dump(task, file)
+            file.flush()
+            pool = _pools.get(processes) or _pools.setdefault(processes, _pool(processes))
+            waiting = {pool.submit(_do, file.name, number): number for number in numbers}
+            try:
+                for done in as_completed(waiting):
+                    done.result()
+                    yield waiting[done]
+            except BrokenProcessPool:
+                self.close()
+                raise ValueError(
+                    "a process was killed, perhaps for want of memory; what is done is kept: run the same "
+                    f"command again, with fewer than executor.processes={processes} if it was memory"
+                ) from None
+            finally:
+                for future in waiting:
+                    future.cancel()
+                wait(waiting)
+
+    def close(self) -> None:
+        """Ends the processes, which would otherwise wait for the next step."""
+        while _pools:
+            _pools.popitem()[1].shutdown(cancel_futures=True)
 
 
 class Ray(Executor):
@@ -92,9 +108,16 @@ class Ray(Executor):
             yield waiting.pop(done)
 
 
-def _begin(task: Task) -> None:
-    global _task
-    _task = task
+_pools: dict[int, ProcessPoolExecutor] = {}
+"""By the number of processes: starting them takes seconds, which ten steps need not spend ten times."""
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # spawn: the fork of a process with threads (NumPy's, the progress bar's) can hang.
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin)
+
+
+def _begin() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -106,12 +129,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do(number: int) -> None:
-    _task(number)
+def _do(path: str, number: int) -> None:
+    _task(path)(number)
 
 
-_task: Task
-"""Of this process: sent once, not with every number."""
+@functools.lru_cache(maxsize=1)
+def _task(path: str) -> Task:
+    with open(path, "rb") as file:
+        task: Task = pickle.load(file)  # our own, of a moment ago
+    return task
 
 
 def _at(home: str, task: Task, number: int) -> None:

@@ -84,7 +84,10 @@ class Encode(Stage):
         step = EncodeTexts(
             "encode", at, len(texts), path, self.encoder, self.compared, self.validation, texts
         )
-        carry_out(step, self.executor)
+        try:
+            carry_out(step, self.executor)
+        finally:
+            self.executor.close()
         self._check(step.records)
         for left in self.folder.glob("*.tmp"):  # by one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
