@@ -7,7 +7,6 @@ README.md beside this file says what is counted and what is not.
 """
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -245,7 +244,6 @@ def few(documents: Sequence[Document]) -> list[Document]:
     ]
 
 
-@functools.cache
 def written(folder: Path, prepared: Prepared) -> Iterator[str]:
     """Digests of what `encode` wrote for each document, without `bos` and `eos`."""
     own = {}
@@ -258,11 +256,8 @@ def written(folder: Path, prepared: Prepared) -> Iterator[str]:
 
 
 def fallen(folder: Path, encoder: str) -> int:
-    """How many files of text another encoder did, which the notes or the manifest tell."""
-    told: dict[str, Any] = {}
-    for path in (folder / "manifest.json", folder / "notes.json"):
-        if path.exists():
-            told |= json.loads(path.read_text(encoding="utf-8"))
+    """How many files of text another encoder did."""
+    told = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
     return sum(count for name, count in told["encoders"].items() if name != encoder)
 
 
