@@ -38,7 +38,7 @@ def test_the_truth_beside_the_files_is_taken_and_nothing_planted(tmp_path: Path)
         {"id": "c", "of": "a", "kind": "framed", "jaccard": 0.9},
         {"id": "z", "of": "a", "kind": "", "jaccard": 1},
     ]
-    (tmp_path / "truth.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "_truth.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     texts, truth = dedup.corpus([tmp_path / "text.jsonl.gz"], 1e6, seed=0)
     assert texts == ["text a", "text b", "text c"]
     assert truth == [Copy(0, 2, "framed", 0.9)]  # z was not read

@@ -32,7 +32,7 @@ def texts(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> list[dict[str, object]]:
     """What is known of its copies."""
-    return [json.loads(line) for line in (folder / "truth.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "_truth.jsonl").read_text().splitlines()]
 
 
 def test_the_bytes_are_those_of_every_other_machine(folder: Path):

@@ -194,6 +194,13 @@ def test_the_order_of_paths_does_not_matter(folder: Path) -> None:
     assert [document.id for document in first] == ["1.jsonl:1", "1.jsonl:2", "2.jsonl.gz:1"]
 
 
+def test_what_spark_says_about_a_folder_is_no_text_of_it(tmp_path: Path) -> None:
+    for name in ("a.txt", "_SUCCESS", "_truth.jsonl", ".a.txt.crc"):
+        (tmp_path / name).write_text("text")
+    assert [part.name for part in files(tmp_path).parts()] == ["a.txt"]
+    assert [part.name for part in files(tmp_path / "_*.jsonl").parts()] == ["_truth.jsonl"]
+
+
 def test_a_folder_of_files_reads_the_same_wherever_it_lies(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(f"{folder}/", "/corpus/", recursive=True)

@@ -91,11 +91,11 @@ def main() -> int:
 
 
 def corpus(paths: Sequence[Path], limit: float, seed: int) -> tuple[list[str], list[Copy]]:
-    """The texts, and the planted pairs among them: those of a `truth.jsonl` beside the files, or new ones."""
+    """The texts, and the planted pairs among them: those of a `_truth.jsonl` beside the files, or new ones."""
     documents = [(document.id, document.text) for document in library_documents()] if not paths else []
-    documents += [row for path in paths for row in rows(path)]
+    documents += [row for path in paths if path.name != "_truth.jsonl" for row in rows(path)]
     texts = head((text.encode(errors="replace").decode() for _, text in documents), limit)
-    truths = sorted({path.parent / "truth.jsonl" for path in paths})
+    truths = sorted({path.parent / "_truth.jsonl" for path in paths})
     if not any(path.exists() for path in truths):
         return plant(texts, seed=seed)
     numbers = {name: number for number, (name, _) in enumerate(documents[: len(texts)])}

@@ -3,7 +3,7 @@
     python tools/bench/make_text.py --gb 1 --out runs/text
 
 Sentences are words drawn by Zipf's law from made-up vocabularies, documents as long as those of the web (3.5
-kB in the mean, most shorter). `truth.jsonl` names for every copy its original, what was done to it, and their
+kB in the mean, most shorter). `_truth.jsonl` names for every copy its original, what was done to it, and their
 true Jaccard similarity: of runs of five words, or of eight Chinese characters.
 
 The same seed gives the same bytes on every machine: all is drawn from the raw bits of a PCG64, which NumPy
@@ -305,7 +305,7 @@ def write(folder: Path, size: float, seed: int, compressed: bool) -> str:
         raise ValueError(f"{folder} is not empty; empty it, or name another folder with --out")
     written = unique = copies = made = 0
     with ExitStack() as stack:
-        truth = stack.enter_context(stack.enter_context(replacing(folder / "truth.jsonl")).open("wb"))
+        truth = stack.enter_context(stack.enter_context(replacing(folder / "_truth.jsonl")).open("wb"))
         files = [stack.enter_context(opened(folder, number, compressed)) for number in range(FILES)]
         for made, document in enumerate(documents(seed), 1):
             line = b'{"id": "%s", "text": "%s"}\n' % (document.id.encode(), document.body)
@@ -321,7 +321,7 @@ def write(folder: Path, size: float, seed: int, compressed: bool) -> str:
                 break
     return (
         f"{folder}: {made:,} documents, {written / 1e9:.3f} GB, of which {unique / written:.1%} unique; "
-        f"{copies:,} planted copies ({copies / made:.1%} of the documents) in truth.jsonl"
+        f"{copies:,} planted copies ({copies / made:.1%} of the documents) in _truth.jsonl"
     )
 
 

@@ -144,25 +144,31 @@ def _records(batch: Any) -> Iterator[Any]:
                 yield why
 
 
+HIDDEN = "_", "."
+
+
 class Files(Keys, Outside):
     """A folder, or a pattern; the name of each file says how it is read."""
 
     path: str
-    """A folder, all files of which are meant, or a pattern."""
+    """A folder, all files of which are meant but those named _ or . in front, or a pattern."""
     longest: PositiveInt
     """Bytes of the longest line, row, record, or file that is a document; a longer one cannot be read."""
     precise: bool
     """Of web pages: drop what may be boilerplate, at the price of some text."""
 
     def parts(self) -> list[Part]:
-        parts = files([self.path], "path", folders=True)
-        unknown = [part.place for part in parts if self._reader(part) is None]
+        found = files([self.path], "path", folders=True)
+        # _SUCCESS, _metadata: what Spark and its kin say about the data that it stands among.
+        if not PurePosixPath(self.path).name.startswith(HIDDEN):
+            found = [part for part in found if not PurePosixPath(part.name).name.startswith(HIDDEN)]
+        unknown = [part.place for part in found if self._reader(part) is None]
         if unknown and self.on_error == "stop":
             raise ValueError(
                 f"{unknown[0]}: its name does not say how to read it ({len(unknown)} such files); give "
                 f"`path` a pattern without them, or set on_error=quarantine. Known are {', '.join(KNOWN)}"
             )
-        return parts
+        return found
 
     def records(self, part: Part) -> Iterator[Document | Broken]:
         reader = self._reader(part)
