@@ -36,7 +36,7 @@ def truth(folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_bytes_are_those_of_every_other_machine(folder: Path):
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: name.lstrip("_"))
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
     assert len(names) == 17
     assert digest[:16] == "7462dbe0b2a9c50a"

@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def corpus(paths: Sequence[Path], limit: float, seed: int) -> tuple[list[str], list[Copy]]:
-    """The texts, and the planted pairs among them: those of a `_truth.jsonl` beside the files, or new ones."""
+    """The texts, and the planted pairs among them: of a `_truth.jsonl` beside the files, or new ones."""
     documents = [(document.id, document.text) for document in library_documents()] if not paths else []
     documents += [row for path in paths if path.name != "_truth.jsonl" for row in rows(path)]
     texts = head((text.encode(errors="replace").decode() for _, text in documents), limit)

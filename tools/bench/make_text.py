@@ -3,8 +3,8 @@
     python tools/bench/make_text.py --gb 1 --out runs/text
 
 Sentences are words drawn by Zipf's law from made-up vocabularies, documents as long as those of the web (3.5
-kB in the mean, most shorter). `_truth.jsonl` names for every copy its original, what was done to it, and their
-true Jaccard similarity: of runs of five words, or of eight Chinese characters.
+kB in the mean, most shorter). `_truth.jsonl` names for every copy its original, what was done to it, and
+their true Jaccard similarity: of runs of five words, or of eight Chinese characters.
 
 The same seed gives the same bytes on every machine: all is drawn from the raw bits of a PCG64, which NumPy
 promises never to change, with integers alone.
