@@ -140,7 +140,10 @@ class Collect(Step):
             tally["empty bytes"] += len(document.text.encode(errors="replace"))
             return None
         document = replace(document, text=text, language=language)
-        row = asdict(document) | {
+        row = {
+            "id": document.id,
+            "source": document.source,
+            "language": language,
             "confidence": confidence,
             "characters": len(text),
             "bytes": len(text.encode()),

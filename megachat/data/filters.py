@@ -34,7 +34,7 @@ EVERY = "all"
 BEGINNING = 1_000_000
 """Characters of a text from which shares and averages are taken."""
 
-_han = re.compile(f"[{HAN}]")
+_no_han = re.compile(f"[^{HAN}]+")
 
 
 class Filter(Config):
@@ -157,7 +157,7 @@ class Repetition(Filter):
 
     def _commonest(self, text: str, language: str) -> int:
         """Characters in all copies of the commonest 4-gram."""
-        words = _han.findall(text) if language == "zh" else text.split()
+        words = _no_han.sub("", text) if language == "zh" else text.split()
         if len(words) < 8:
             return 0
         grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
