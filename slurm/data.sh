@@ -38,7 +38,7 @@ fi
 if (( SLURM_JOB_NUM_NODES == 1 )); then
     exec python -m megachat "${STAGE:-clean}" "$@"
 fi
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export RAY_USAGE_STATS_ENABLED=0
 # One Ray for each job: its port follows from the job's number, below 32768, where Linux hands out ports to whoever asks.
 # srun counts one task for each node, which megachat would take for that many of itself: Ray starts it once.

@@ -18,7 +18,7 @@ cd "$SLURM_SUBMIT_DIR"                  # sbatch runs a copy of this file: $0 po
 source slurm/env.sh
 
 # Rank 0 runs on the first node of the list; `hostname` here would name the batch node, which --exclude may change.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # Not a constant, for two jobs may share a node; below 32768, where Linux begins to hand out ports to whoever asks;
 # and one that rank 0 can listen on: a port may be taken on an address where it answers nobody.
 MASTER_PORT=$(python - $((20000 + SLURM_JOB_ID % 12000)) <<'EOF'

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -88,7 +89,7 @@ class Ray(Executor):
             raise ValueError("executor=ray needs Ray; pip install 'megachat[ray]'") from None
         ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
         home = os.getcwd()
-        remote = ray.remote(num_cpus=self.cores, max_retries=self.retries)(
+        remote: Any = ray.remote(num_cpus=self.cores, max_retries=self.retries)(
             lambda task, number: _at(home, task, number)
         )
         sent = ray.put(task)  # once, not with every number

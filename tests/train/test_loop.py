@@ -55,12 +55,12 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(tiny: Path) -> None:
 
 def test_bits_per_byte_agrees_with_an_independent_computation(tiny: Path) -> None:
     from megachat.data.loader import TokenWindows
-    from megachat.data.shards import Shard
+    from megachat.data.shards import Shards, read_split
     from megachat.evals.bits import bits_per_byte, spread
     from megachat.parallel.checkpoint import load_model
 
     loaded = load_model(tiny / "pretrain")
-    source = TokenWindows(Shard(tiny / "encode" / "validation"), 32)
+    source = TokenWindows(Shards([*read_split(tiny / "encode", "validation").values()]), 32)
     windows = [source[index] for index in spread(len(source), 4)]
     score = bits_per_byte(loaded.model, windows, loaded.tokenizer.token_bytes, 4)
     assert rows(tiny)[-1]["validation/bits_per_byte"] == pytest.approx(score.value, rel=1e-3)
