@@ -1,5 +1,6 @@
 """megachat itself: with the numba kernel where the environment says COMPILED=1, else with NumPy."""
 
+import functools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,7 @@ def groups(read: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
+@functools.cache  # composing them takes as long as removing the copies of 10 MB
 def settings() -> Dedup:
     """The default settings of deduplication."""
     found: Dedup = decode(compose("clean")["dedup"])
