@@ -83,6 +83,9 @@ class Signer:
                 texts.ends,
                 table.codes,
                 table.several,
+                np.where(
+                    table.codes[:128] == SEPARATOR, 0, table.codes[:128].astype(np.uint64) + np.uint64(1)
+                ),
                 self.words,
                 self.characters,
                 factors,
@@ -90,8 +93,8 @@ class Signer:
             )
             sign, done, room = compiled(_sign), 0, 1 << 16
             while done < len(texts):
-                words = np.empty(room, dtype=np.uint64)
-                done = sign(*given, signatures, signed, done, words)
+                words, shingles = np.empty(room, dtype=np.uint64), np.empty(room, dtype=np.uint32)
+                done = sign(*given, signatures, signed, done, words, shingles)
                 room *= 2
         else:
             for number, hashes in enumerate(self._shingles(texts)):
@@ -232,11 +235,13 @@ def _runs(hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint32]:
 
 
 def _sign(  # type: ignore[no-untyped-def]
-    data, ends, codes, several, words, characters, factors, addends, signatures, signed, begin, hashes
-) -> int:
+    data, ends, codes, several, ascii, words, characters, factors, addends, signatures, signed, begin, hashes,
+    shingles,
+):  # fmt: skip
     """What `Signer.sign` does without numba, in one pass over the bytes; to be compiled.
 
-    `hashes` is room for the words of a text. Returns the first text with more, or how many texts there are.
+    `ascii` is what a letter adds to a word's hash, and 0 for what separates words. `hashes` and `shingles` are
+    room for those of a text. Returns the first text with more, or how many texts there are.
     """
     u32, u64 = np.uint32, np.uint64
     for text in range(begin, len(ends) - 1):
@@ -254,15 +259,23 @@ def _sign(  # type: ignore[no-untyped-def]
                 source += 1
                 pending -= 1
             elif place < ends[text + 1]:
+                # Most text is ASCII. No branch asks where words end, which a processor cannot foresee.
+                stop = min(ends[text + 1], place + len(hashes) - count - 2)
                 code = u32(data[place])
-                while code < 0x80 and codes[code] != SEPARATOR:
-                    word = word * u64(_BASE) + u64(codes[code]) + u64(1)
-                    inside = True
+                while code < 0x80 and place < stop:
+                    added = ascii[code]
+                    hashes[count] = word
+                    letter = added != 0
+                    count += int(inside and not letter)
+                    word = word * u64(_BASE) + added if letter else u64(0)
+                    inside = letter
                     place += 1
-                    code = u32(data[place]) if place < ends[text + 1] else u32(0)
-                if code < 0x80:
-                    place += 1
-                elif code < 0xE0:
+                    code = u32(data[place]) if place < stop else u32(0)
+                if place >= stop:
+                    if stop < ends[text + 1]:
+                        return text
+                    continue
+                if code < 0xE0:
                     code = ((code & u32(0x1F)) << u32(6)) | (u32(data[place + 1]) & u32(0x3F))
                     place += 2
                 elif code < 0xF0:
@@ -311,18 +324,24 @@ def _sign(  # type: ignore[no-untyped-def]
             hashes[place] = mixed ^ (mixed >> u64(33))
         size = characters if 2 * alone > count else words
         signed[text] = count >= size
+        top = u64(1)
+        for _ in range(size):
+            top *= u64(_BASE)
+        run = u64(0)
+        for place in range(count):
+            run = run * u64(_BASE) + hashes[place]
+            if place >= size:
+                run -= hashes[place - size] * top
+            if place + 1 >= size:
+                hashed = u32(run >> u64(32))
+                # u32 around each product: numba would go on in 64 bits.
+                hashed = u32((hashed ^ (hashed >> u32(16))) * u32(_MIX32[0]))
+                hashed = u32((hashed ^ (hashed >> u32(13))) * u32(_MIX32[1]))
+                shingles[place + 1 - size] = u32(hashed ^ (hashed >> u32(16)))
         signature = signatures[text]
-        for first in range(count - size + 1):
-            run = u64(0)
-            for offset in range(size):
-                run = run * u64(_BASE) + hashes[first + offset]
-            hashed = u32(run >> u64(32))
-            # u32 around each product: numba would go on in 64 bits.
-            hashed = u32((hashed ^ (hashed >> u32(16))) * u32(_MIX32[0]))
-            hashed = u32((hashed ^ (hashed >> u32(13))) * u32(_MIX32[1]))
-            hashed = u32(hashed ^ (hashed >> u32(16)))
-            for k in range(len(factors)):
-                permuted = u32(factors[k] * hashed + addends[k])
-                if permuted < signature[k]:
-                    signature[k] = permuted
+        for k in range(len(factors)):  # outside, for the smallest value then stays in a register
+            factor, addend, smallest = factors[k], addends[k], signature[k]
+            for place in range(count - size + 1):
+                smallest = min(smallest, u32(factor * shingles[place] + addend))
+            signature[k] = smallest
     return len(ends) - 1
