@@ -83,9 +83,7 @@ class Signer:
                 texts.ends,
                 table.codes,
                 table.several,
-                np.where(
-                    table.codes[:128] == SEPARATOR, 0, table.codes[:128].astype(np.uint64) + np.uint64(1)
-                ),
+                _ascii(),
                 self.words,
                 self.characters,
                 factors,
@@ -234,14 +232,22 @@ def _runs(hashes: NDArray[np.uint64], size: int) -> NDArray[np.uint32]:
     return (mixed >> np.uint64(32)).astype(np.uint32)
 
 
+@functools.cache
+def _ascii() -> NDArray[np.uint64]:
+    """What each of the first 128 characters adds to a word's hash; 0 for those that separate words."""
+    values = fold().codes[:128]
+    assert (values >> np.uint32(30) == 0).all(), "none is skipped, a word alone, or several"
+    return np.where(values == SEPARATOR, np.uint64(0), values.astype(np.uint64) + np.uint64(1))
+
+
 def _sign(  # type: ignore[no-untyped-def]
     data, ends, codes, several, ascii, words, characters, factors, addends, signatures, signed, begin, hashes,
     shingles,
 ):  # fmt: skip
     """What `Signer.sign` does without numba, in one pass over the bytes; to be compiled.
 
-    `ascii` is what a letter adds to a word's hash, and 0 for what separates words. `hashes` and `shingles` are
-    room for those of a text. Returns the first text with more, or how many texts there are.
+    `hashes` and `shingles` are room for those of a text. Returns the first text with more, or how many texts
+    there are.
     """
     u32, u64 = np.uint32, np.uint64
     for text in range(begin, len(ends) - 1):
