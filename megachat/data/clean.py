@@ -55,8 +55,8 @@ PER_SHARD = 4_000_000
 is taken to be the size."""
 MANY_SHARDS = 1024
 """Beyond these, four times the input makes twice the shards."""
-MOST_SHARDS = 65_536
-"""At 16 TB; each is some 17 files."""
+MOST_SHARDS = 8192
+"""From 260 GB on: every search for copies opens files of all shards, and more of them would be small."""
 
 COMPILE = 100_000_000
 """Bytes of text above which compiling the signatures' loop pays."""

@@ -27,7 +27,8 @@ from megachat.stages import did_you_mean
 
 T = TypeVar("T")
 
-Window = dict[str, NDArray[np.int64]]
+Window = dict[str, NDArray[Any]]
+"""`tokens`, and `documents`: which of the window's documents each is of. Both as narrow as they can be."""
 
 WHOLE = "the whole corpus"
 """What the one source is called where sources are not told apart."""
@@ -59,11 +60,11 @@ class TokenWindows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
         stop = start + self.length + 1
-        first, begins = self.shards.within(start, stop)
-        sizes = [end - begin for begin, end in pairwise([start, *begins, stop])]
+        edges = [start, *self.shards.within(start, stop), stop]
+        sizes = [end - begin for begin, end in pairwise(edges)]
         return {
             "tokens": self.shards.read(start, stop),
-            "documents": np.repeat(np.arange(first, first + len(sizes)), sizes),
+            "documents": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
         }
 
 

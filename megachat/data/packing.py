@@ -60,12 +60,12 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.packing.rows) - 1
 
-    def __getitem__(self, number: int) -> dict[str, NDArray[np.int64]]:
+    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         pieces = self.packing.pieces[self.packing.rows[number] : self.packing.rows[number + 1]]
-        tokens = np.zeros(self.length + 1, np.int64)
-        documents = np.full(self.length + 1, -1, np.int64)  # -1: padding
+        tokens = np.zeros(self.length + 1, np.int32)
+        documents = np.full(self.length + 1, -1, np.int32)  # -1: padding
         filled = 0
         for document, (start, length) in enumerate(pieces.tolist()):
             tokens[filled : filled + length] = self.shards.read(start, start + length)

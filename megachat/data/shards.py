@@ -196,19 +196,19 @@ class Shard:
             begins[:ends] = pointers[firsts[:ends] - low] // self._width
         return begins
 
-    def within(self, start: int, stop: int) -> tuple[int, list[int]]:
-        """The document that token `start` is of, and where those after it begin that begin before `stop`."""
+    def within(self, start: int, stop: int) -> list[int]:
+        """Where documents begin behind token `start` and before token `stop`."""
         sequence = bisect_right(self._pointers, start * self._width) - 1
-        first = bisect_right(self._firsts, sequence) - 1
+        first = bisect_right(self._firsts, sequence)
         begins = []
-        for number in range(first + 1, len(self)):
+        for number in range(first, len(self)):
             if self._firsts[number] == len(self._pointers):  # an empty document at the end
                 break
             begin = self._pointers[self._firsts[number]] // self._width
             if begin >= stop:
                 break
             begins.append(begin)
-        return first, begins
+        return begins
 
     @property
     def mask(self) -> NDArray[np.uint8] | None:
@@ -236,10 +236,9 @@ class Shards:
         assert shards, "no shards"
         self.shards = list(shards)
         self.starts = [*accumulate((len(shard.tokens) for shard in shards), initial=0)]
-        self.before = [*accumulate(map(len, shards), initial=0)]
 
     def __len__(self) -> int:
-        return self.before[-1]
+        return sum(map(len, self.shards))
 
     @property
     def documents(self) -> NDArray[np.int64]:
@@ -247,15 +246,12 @@ class Shards:
         starts = zip(self.shards, self.starts[:-1], strict=True)
         return np.concatenate([*(shard.documents[:-1] + start for shard, start in starts), self.starts[-1:]])
 
-    def within(self, start: int, stop: int) -> tuple[int, list[int]]:
-        """The document that token `start` is of, and where those after it begin that begin before `stop`."""
+    def within(self, start: int, stop: int) -> list[int]:
+        """Where documents begin behind token `start` and before token `stop`."""
         first = bisect_right(self.starts, start) - 1
         begin, end = self.starts[first], self.starts[first + 1]
-        document, begins = self.shards[first].within(start - begin, min(stop, end) - begin)
-        document, begins = document + self.before[first], [begin + one for one in begins]
-        if stop <= end:
-            return document, begins
-        return document, [*begins, end, *self.within(end, stop)[1]]
+        begins = [begin + one for one in self.shards[first].within(start - begin, min(stop, end) - begin)]
+        return begins if stop <= end else [*begins, end, *self.within(end, stop)]
 
     @property
     def size(self) -> int:
@@ -267,13 +263,13 @@ class Shards:
         """The sha256 of all their files."""
         return [one for shard in self.shards for one in shard.sums]
 
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+    def read(self, start: int, stop: int) -> NDArray[Any]:
         """The tokens from `start` to `stop`, which may lie in several shards."""
         if len(self.shards) == 1:
-            return self.shards[0].tokens[start:stop].astype(np.int64)
+            return self.shards[0].tokens[start:stop]
         first = bisect_right(self.starts, start) - 1
         begin = self.starts[first]
-        found = self.shards[first].tokens[start - begin : stop - begin].astype(np.int64)
+        found = self.shards[first].tokens[start - begin : stop - begin]
         if begin + len(self.shards[first].tokens) >= stop:
             return found
         return np.concatenate([found, self.read(start + len(found), stop)])

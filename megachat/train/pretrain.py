@@ -183,9 +183,8 @@ class Pretrain(Task):
 
 
 def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
-    tokens, documents = (
-        torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in ("tokens", "documents")
-    )
+    tokens = torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)).to(device)
+    documents = torch.from_numpy(np.stack([row["documents"] for row in rows])).to(device)
     # The first token of a document cannot be predicted from the one before it; padding (-1) is no document.
     apart = documents[:, 1:] != documents[:, :-1]
     apart |= documents[:, 1:] < 0
@@ -196,5 +195,5 @@ def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
         samples=len(rows),
         inputs=tokens[:, :-1].contiguous(),
         labels=labels,
-        documents=documents[:, :-1].contiguous(),
+        documents=documents[:, :-1].long(),
     )
