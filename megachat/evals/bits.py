@@ -30,7 +30,7 @@ def token_bits(
 @torch.inference_mode()
 def bits_per_byte(
     model: nn.Module,
-    windows: Sequence[Mapping[str, NDArray[np.int64]]],
+    windows: Sequence[Mapping[str, NDArray[Any]]],
     token_bytes: NDArray[np.int64],
     batch: int,
     seed: int = 0,
