@@ -181,12 +181,13 @@ class Evaluate(Stage):
 
     def bits(self, loaded: Loaded, name: str) -> dict[str, Score]:
         """Bits per byte of windows spread evenly over the validation shard."""
-        if not finished(self.source("encode")):
+        folder = self.source("encode")
+        if not finished(folder):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
         length = self.context or context_of(loaded.model)
-        check_tokenizer(self.source("encode"), loaded.tokenizer)
-        source = TokenWindows(Shard(self.source("encode") / "validation"), length)
+        check_tokenizer(folder, loaded.tokenizer)
+        source = TokenWindows(Shard(folder / "validation"), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes
         return {name: bits_per_byte(loaded.model, windows, lengths, self.batch, self.seed, name)}

@@ -154,12 +154,9 @@ def processes_for(folder: Path) -> int:
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Refuses shards that another tokenizer made: training on them would go on without complaint."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():  # not made here: nobody knows
-        return
-    made_by = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]
+    made_by = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
     if made_by != tokenizer.sha256:
         raise ValueError(
             f"{folder} was encoded with tokenizer {made_by[:12]}, but this run's is {tokenizer.sha256[:12]}; "
-            "run `megachat encode` again"
+            "run the stages after `tokenizer` again"
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from megachat.config import decode
 from megachat.data.shards import ShardWriter
+from megachat.files import write_json
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -63,4 +64,5 @@ def write_shard(folder: Path) -> None:
     with ShardWriter(folder / "validation", words.vocab) as writer:
         for text in TEXTS * 10:
             writer.add([words.bos, *words.encode(text), words.eos])
+    write_json(folder / "manifest.json", {"tokenizer": words.sha256})
     finish(folder)
