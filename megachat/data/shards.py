@@ -280,19 +280,15 @@ def read_split(folder: Path, split: str, tokenizer: str | None = None) -> dict[s
 
     `tokenizer`: the sha256 of the one that is to understand them; shards of another are refused.
     """
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    made_by = manifest.get("tokenizer")
-    if tokenizer and made_by and made_by != tokenizer:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    made_by = manifest["tokenizer"]
+    if tokenizer and made_by != tokenizer:
         raise ValueError(
-            f"{folder} was encoded with tokenizer {made_by[:12]}, but this run's is {tokenizer[:12]}; run "
-            f"`megachat {folder.name}` again"
+            f"{folder} was encoded with tokenizer {made_by[:12]}, but this run's is {tokenizer[:12]}; "
+            "run the stages after `tokenizer` again"
         )
-    entries = manifest.get("shards")
-    if entries is None:  # a folder with one shard per split, of no particular source
-        return {"": Shard(folder / split)}
     found = {}
-    for prefix, entry in entries.items():
+    for prefix, entry in manifest["shards"].items():
         if entry["split"] == split:
             found[entry["source"]] = shard = Shard(folder / prefix)
             shard.sums = list(entry["sha256"].values())

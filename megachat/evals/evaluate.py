@@ -180,11 +180,12 @@ class Evaluate(Stage):
 
     def bits(self, loaded: Loaded, name: str) -> dict[str, Score]:
         """Bits per byte of windows spread evenly over the validation shard."""
-        if not finished(self.source("encode")):
+        folder = self.source("encode")
+        if not finished(folder):
             say(f"evaluate: {name} is left out, `encode` has not finished in {self.inputs}")
             return {}
         length = self.context or context_of(loaded.model)
-        shards = read_split(self.source("encode"), "validation", loaded.tokenizer.sha256)
+        shards = read_split(folder, "validation", loaded.tokenizer.sha256)
         source = TokenWindows(Shards(list(shards.values())), length)
         windows = [source[index] for index in spread(len(source), self.windows)]
         lengths = loaded.tokenizer.token_bytes

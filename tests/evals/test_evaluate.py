@@ -11,6 +11,7 @@ import torch
 from megachat.config import compose, decode
 from megachat.data.conversations import ask
 from megachat.evals.evaluate import Evaluate
+from megachat.files import write_json
 from megachat.tokenizer.chat_format import render_prompt
 from tests.evals import tiny
 
@@ -71,6 +72,14 @@ def test_a_base_model_alone_is_scored_and_the_rest_is_named(run: Path, capsys: p
     assert "recall is left out, `sft` has not finished" in said
     assert "rm_accuracy is left out, `rm` has not finished" in said
     assert "ppo is left out, there is no SFT model to compare it with" in said
+
+
+def test_shards_of_another_tokenizer_are_not_scored(run: Path):
+    tiny.write_model(run / "pretrain", tiny.model())
+    tiny.write_shard(run / "encode")
+    write_json(run / "encode" / "manifest.json", {"tokenizer": "0" * 64})
+    with pytest.raises(ValueError, match=r"encode was encoded with tokenizer 0{12}, but this run's is"):
+        evaluated(run)
 
 
 def test_a_policy_that_is_sft_ties_with_it(run: Path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from megachat.config import decode
 from megachat.data.shards import ShardWriter
+from megachat.files import sha256, write_json
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -63,4 +64,7 @@ def write_shard(folder: Path) -> None:
     with ShardWriter(folder / "validation", words.vocab) as writer:
         for text in TEXTS * 10:
             writer.add([words.bos, *words.encode(text), words.eos])
+    sums = {kind: sha256(folder / f"validation.{kind}") for kind in ("bin", "idx")}
+    shards = {"validation": {"split": "validation", "source": "", "sha256": sums}}
+    write_json(folder / "manifest.json", {"tokenizer": words.sha256, "shards": shards})
     finish(folder)
