@@ -194,7 +194,7 @@ class Sign(Step):
     def _parts(self, file: Any) -> Iterator[Part]:
         for group in range(file.num_row_groups):
             texts = arrow_texts(file.read_row_group(group, columns=["text"]).column(0).combine_chunks())
-            yield digests(texts), *self.dedup.signer.sign(texts, self.fast)
+            yield digests(texts, self.fast), *self.dedup.signer.sign(texts, self.fast)
 
 
 def arrow_texts(column: Any) -> Texts:

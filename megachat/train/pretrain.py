@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,7 +18,17 @@ from jaxtyping import Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from megachat.data.loader import WHOLE, Mixed, OnChange, Plan, TokenWindows, Window, ahead, share
+from megachat.data.loader import (
+    WHOLE,
+    Mixed,
+    OnChange,
+    Plan,
+    TokenWindows,
+    Window,
+    ahead,
+    documents_of,
+    share,
+)
 from megachat.data.mixture import Mixture
 from megachat.data.packing import PackedRows, Packing, losses, pack
 from megachat.data.shards import Shards, read_split
@@ -183,17 +194,22 @@ class Pretrain(Task):
 
 
 def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
-    tokens = torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)).to(device)
-    documents = torch.from_numpy(np.stack([row["documents"] for row in rows])).to(device)
-    # The first token of a document cannot be predicted from the one before it; padding (-1) is no document.
-    apart = documents[:, 1:] != documents[:, :-1]
-    apart |= documents[:, 1:] < 0
-    labels = tokens[:, 1:].masked_fill(apart, -100)
+    tokens = np.stack([row.tokens for row in rows])
+    width = tokens.shape[1]
+    labels = tokens[:, 1:].astype(np.int64)
+    # The first token of a document cannot be predicted from the one before it, and padding is no document.
+    unseen = [
+        number * (width - 1) + place - 1
+        for number, (_, edges) in enumerate(rows)
+        for place in chain(edges[1:-1], range(edges[-1], width))
+    ]
+    labels.ravel()[unseen] = -100
+    inputs, documents = tokens[:, :-1].astype(np.int64), documents_of(rows)[:, :-1].copy()
     return Tokens(
-        weight=float(apart.numel() - apart.sum().item()),
-        tokens=labels.numel(),
+        weight=float(np.count_nonzero(labels != -100)),
+        tokens=labels.size,
         samples=len(rows),
-        inputs=tokens[:, :-1].contiguous(),
-        labels=labels,
-        documents=documents[:, :-1].long(),
+        inputs=torch.from_numpy(inputs).to(device),
+        labels=torch.from_numpy(labels).to(device),
+        documents=torch.from_numpy(documents).to(device),
     )

@@ -1,8 +1,11 @@
 """Filters: each on texts just inside and just outside of its bounds, in English, Chinese and code."""
 
 import inspect
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megachat.config import compose, decode
 from megachat.data.document import Document
@@ -48,6 +51,17 @@ def test_repetition_counts_characters_in_copies() -> None:
     rule = Repetition(applies_to=["en"], lines=1.0, characters=0.4, four_grams=1.0)
     assert keeps(rule, "12345678\n1234\n12345678")  # 8 of 20
     assert not keeps(rule, "12345678\n123\n12345678")  # 8 of 19
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.sampled_from("abcd"), max_size=60))
+def test_the_commonest_four_words_are_those_that_counting_all_finds(words: list[str]) -> None:
+    rule = Repetition(applies_to=["en"], lines=1.0, characters=1.0, four_grams=1.0)
+    grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    most = max(grams.values(), default=0)
+    often = len(words) >= 8 and most >= 3
+    expected = 4 * most / (2 * len(words) - 1) if often else 0.0  # of the characters, blanks among them
+    assert rule.measure(document(" ".join(words)))[2] == pytest.approx(expected)
 
 
 def test_repetition_counts_the_commonest_four_words() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megachat.data.index import Index, Open, Rows, agreement, band_keys, digests, sketches
@@ -152,15 +154,24 @@ assert found == 0 and [hot.documents for hot in join.hot] == [many], (found, joi
     assert done.returncode == 0, done.stderr
 
 
-def test_exact_copies_differ_in_blanks_and_the_case_of_a_to_z_alone() -> None:
-    found = digests(Texts.of(["A  b\nc", "a b d", "a b c ", "A B D", "É", "é"])).tolist()
-    assert [found.index(one) for one in found] == [0, 1, 0, 1, 4, 5]
+@pytest.mark.parametrize("fast", [False, True])
+def test_exact_copies_differ_in_blanks_and_the_case_of_a_to_z_alone(fast: bool) -> None:
+    texts = ["A  b\nc", "a b d", "", "a b c ", "A B D", "É", "é", "\0", " \n"]
+    found = digests(Texts.of(texts), fast).tolist()
+    assert [found.index(one) for one in found] == [0, 1, 2, 0, 1, 5, 6, 7, 2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.text(max_size=60), max_size=8))
+def test_with_and_without_numba_the_digests_are_the_same(texts: list[str]) -> None:
+    encodable = Texts.of([text.encode(errors="replace").decode() for text in texts])
+    assert np.array_equal(digests(encodable, fast=True), digests(encodable, fast=False))
 
 
 def test_the_index_of_a_document_takes_less_than_300_bytes(tmp_path: Path) -> None:
     signatures = np.random.default_rng(0).integers(2**32, size=(2000, 112), dtype=np.uint32)
     texts = Texts.of([f"text {number}" for number in range(2000)])
-    part = digests(texts), signatures, np.ones(2000, dtype=bool)
+    part = digests(texts, fast=False), signatures, np.ones(2000, dtype=bool)
     Index.make([part], 2000, bands=14, rows=8).write(tmp_path / "index")
     size = sum(path.stat().st_size for path in (tmp_path / "index").iterdir())
     assert 290 < size / 2000 < 300
@@ -171,7 +182,7 @@ def test_the_index_of_a_document_takes_less_than_300_bytes(tmp_path: Path) -> No
 def test_an_index_is_the_same_in_parts_and_takes_under_400_bytes_a_document_to_make() -> None:
     signatures = np.random.default_rng(0).integers(2**32, size=(40_000, 112), dtype=np.uint32)
     signed = np.arange(40_000) % 5 > 0
-    found = digests(Texts.of([f"text {number % 30_000}" for number in range(40_000)]))
+    found = digests(Texts.of([f"text {number % 30_000}" for number in range(40_000)]), fast=False)
 
     def parts(size: int) -> Iterable[tuple[NDArray[Any], NDArray[np.uint32], NDArray[np.bool_]]]:
         for start in range(0, 40_000, size):

@@ -1,6 +1,7 @@
 """Languages: told by the script alone, by the model, and without the package that has it."""
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from megachat.config import compose, decode
 from megachat.data import language as module
-from megachat.data.language import LanguageId, language_of
+from megachat.data.language import SCRIPTS, LanguageId, census, language_of
 
 ENGLISH = "The cat sat on the mat and looked at the moon. Nobody knew what it thought of that."
 CHINESE = "语言模型是用大量文字训练出来的程序。它读过许多书和网页，所以知道下一个词大概是什么。"
@@ -46,6 +47,18 @@ def test_the_script_tells_the_language(text: str, language: str) -> None:
     found, score = identify(model=False).identify(text)
     assert found == language
     assert 0 <= score <= 1
+
+
+def test_characters_are_counted_as_a_search_for_them_finds_them() -> None:
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    for text in (everything, everything[:256], ENGLISH, CHINESE, "ي ะ ा \ud800"):
+        english, others, scripts = census(text)
+        letters = [letter for letter in text if re.match(r"[^\W\d_]", letter)]
+        assert english == sum(letter.isascii() for letter in letters)
+        assert others == len(letters) - english
+        assert scripts == {
+            name: len(re.findall(f"[{characters}]", text)) for name, characters in SCRIPTS.items()
+        }
 
 
 def test_a_script_is_as_sure_as_its_share_of_letters() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megachat.data.loader import WHOLE, Mixed, OnChange, Order, Plan, TokenWindows, ahead, share
+from megachat.data.loader import WHOLE, Mixed, OnChange, Order, Plan, TokenWindows, ahead, documents_of, share
 from megachat.data.mixture import Phase
 from megachat.data.shards import Shard, Shards, ShardWriter
 
@@ -31,14 +31,11 @@ def shard(tmp_path: Path) -> Shards:
 def test_windows_follow_each_other_and_share_one_token(shard: Shards) -> None:
     windows = TokenWindows(shard, length=4)
     assert len(windows) == 2  # ten tokens: the last one is no label of a whole window
-    assert [window["tokens"].tolist() for window in (windows[0], windows[1])] == [
-        [10, 11, 12, 13, 20],
-        [20, 21, 30, 31, 32],
+    assert [(window.tokens.tolist(), window.edges) for window in (windows[0], windows[1])] == [
+        ([10, 11, 12, 13, 20], [0, 4, 5]),
+        ([20, 21, 30, 31, 32], [0, 2, 5]),
     ]
-    assert [window["documents"].tolist() for window in (windows[0], windows[1])] == [
-        [0, 0, 0, 0, 1],
-        [0, 0, 1, 1, 1],
-    ]
+    assert documents_of([windows[0], windows[1]]).tolist() == [[0, 0, 0, 0, 1], [0, 0, 1, 1, 1]]
     with pytest.raises(IndexError):
         windows[2]
 
@@ -51,8 +48,8 @@ def test_windows_run_through_shards_as_if_they_were_one(tmp_path: Path, shard: S
         one, other = TokenWindows(shard, length), TokenWindows(several, length)
         assert len(one) == len(other)
         for number in range(len(one)):
-            for name, values in one[number].items():
-                np.testing.assert_array_equal(other[number][name], values)
+            assert (one[number].tokens == other[number].tokens).all()
+            assert one[number].edges == other[number].edges
 
 
 def test_documents_are_those_that_a_search_for_every_token_finds(tmp_path: Path) -> None:
@@ -62,7 +59,7 @@ def test_documents_are_those_that_a_search_for_every_token_finds(tmp_path: Path)
     for number in range(len(windows)):
         positions = np.arange(number * 7, number * 7 + 8)
         expected = np.searchsorted(shards.documents, positions, side="right") - 1
-        assert windows[number]["documents"].tolist() == (expected - expected[0]).tolist()
+        assert documents_of([windows[number]])[0].tolist() == (expected - expected[0]).tolist()
 
 
 def test_a_corpus_of_one_window_is_enough_and_one_token_less_is_not(shard: Shards) -> None:
@@ -113,7 +110,7 @@ def test_the_order_follows_from_the_seed_alone() -> None:
 
 def test_windows_can_be_ordered_and_shared(shard: Shards) -> None:
     read = share(Order(TokenWindows(shard, length=2), seed=0), start=0, count=4, rank=0, world=1)
-    assert sorted(window["tokens"][0] for window in read) == [10, 12, 20, 30]
+    assert sorted(window.tokens[0] for window in read) == [10, 12, 20, 30]
 
 
 SIZES = {"web": 50, "zh": 20, "code": 7}
@@ -150,7 +147,7 @@ def read(
         for rank in range(world):
             rows = share(samples, start + step * 24, 24, rank, world)
             for first in range(0, len(rows), micro_batch):
-                found += [int(row["tokens"][0]) for row in rows[first : first + micro_batch]]
+                found += [int(row.tokens[0]) for row in rows[first : first + micro_batch]]
     return found
 
 
@@ -195,9 +192,7 @@ def test_sources_of_one_size_are_not_shuffled_alike(tmp_path: Path) -> None:
 def test_without_a_mixture_the_order_is_that_of_all_windows(shard: Shards) -> None:
     fresh = Plan.of({WHOLE: shard}, [], [], 2, 5)
     stream, expected = Mixed({WHOLE: TokenWindows(shard, 2)}, fresh), Order(TokenWindows(shard, 2), 5)
-    assert [stream[i]["tokens"].tolist() for i in range(9)] == [
-        expected[i]["tokens"].tolist() for i in range(9)
-    ]
+    assert [stream[i].tokens.tolist() for i in range(9)] == [expected[i].tokens.tolist() for i in range(9)]
 
 
 def changed(sources: dict[str, Shards], tmp_path: Path) -> dict[str, Shards]:

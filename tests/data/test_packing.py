@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megachat.align.rows import pack as pack_one_by_one
 from megachat.data import packing
+from megachat.data.loader import documents_of
 from megachat.data.packing import PackedRows, Packing, best_fit, cut, losses, pack
 from megachat.data.shards import Shard, Shards, ShardWriter
 
@@ -45,11 +46,12 @@ def test_rows_hold_whole_documents_then_padding(tmp_path: Path) -> None:
     shards = Shards([Shard(tmp_path / "x")])
     packed = pack(shards.documents, 4)
     rows = PackedRows(shards, 4, packed)
-    assert [(row["tokens"].tolist(), row["documents"].tolist()) for row in (rows[0], rows[1], rows[2])] == [
-        ([30, 31, 32, 33, 34], [0, 0, 0, 0, 0]),
-        ([10, 11, 12, 20, 21], [0, 0, 0, 1, 1]),
-        ([40, 41, 0, 0, 0], [0, 0, -1, -1, -1]),
+    assert [(row.tokens.tolist(), row.edges) for row in (rows[0], rows[1], rows[2])] == [
+        ([30, 31, 32, 33, 34], [0, 5]),
+        ([10, 11, 12, 20, 21], [0, 3, 5]),
+        ([40, 41, 0, 0, 0], [0, 2]),
     ]
+    assert documents_of([rows[2]]).tolist() == [[0, 0, -1, -1, -1]]
     assert len(rows) == 3
     assert losses(shards.documents, packed, 4) == (pytest.approx(3 / 15), 0)
     with pytest.raises(IndexError):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from megachat.data.loader import Window
 from megachat.evals.bits import bits_per_byte, spread, token_bits
 from tests.evals import tiny
 
@@ -16,8 +17,8 @@ def test_a_coin_costs_one_bit_and_a_quarter_two():
     assert_close(token_bits(logits, torch.tensor([[1, 2]])), torch.tensor([[1.0, 2.0]]))
 
 
-def window(tokens: list[int]) -> dict[str, np.ndarray]:
-    return {"tokens": np.array(tokens), "documents": np.zeros(len(tokens), dtype=np.int64)}
+def window(tokens: list[int]) -> Window:
+    return Window(np.array(tokens), [0, len(tokens)])
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token():
@@ -41,7 +42,7 @@ def test_tokens_without_bytes_are_neither_text_nor_cost():
 def test_a_document_is_charged_the_same_whatever_stands_before_it():
     lengths = np.full(300, 2)
     lengths[1] = 0  # opens each document, and is not text
-    both = {"tokens": np.array([1, 5, 6, 1, 8, 9]), "documents": np.array([0, 0, 0, 1, 1, 1])}
+    both = Window(np.array([1, 5, 6, 1, 8, 9]), [0, 3, 6])
     together = bits_per_byte(tiny.model(), [both], lengths, batch=1)
     apart = bits_per_byte(tiny.model(), [window([1, 5, 6]), window([1, 8, 9])], lengths, batch=2)
     assert together.value == pytest.approx(apart.value, rel=1e-6)

@@ -9,6 +9,7 @@ import torch
 
 from megachat.config import compose
 from megachat.data.document import Document, read_documents, write_documents
+from megachat.data.loader import Window
 from megachat.run import Stage, perform
 from megachat.train.pretrain import _collate
 from tests.spawn import on_ranks
@@ -82,9 +83,12 @@ def test_packed_rows_train_and_padding_has_no_label(tmp_path: Path) -> None:
     packed(run=run)
     losses = [row["loss"] for row in rows(run)]
     assert losses[-1] < losses[0]
-    batch = _collate([{"tokens": np.array([5, 6, 7, 0, 0]), "documents": np.array([0, 0, 0, -1, -1])}], CPU)
-    assert batch.labels.tolist() == [[6, 7, -100, -100]]
-    assert batch.weight == 2
+    batch = _collate(
+        [Window(np.array([5, 6, 7, 0, 0]), [0, 3]), Window(np.array([5, 6, 7, 8, 9]), [0, 1, 4, 5])], CPU
+    )
+    assert batch.labels.tolist() == [[6, 7, -100, -100], [-100, 7, 8, -100]]
+    assert batch.documents.tolist() == [[0, 0, 0, -1], [0, 1, 1, 1]]
+    assert batch.weight == 4
 
 
 @on_ranks(1)
