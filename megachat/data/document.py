@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +42,10 @@ class Document:
     """The name of the source it came from."""
     language: str = ""
     """One of en, zh, code, other; empty until it has been looked at."""
+
+
+_FIELDS = [field.name for field in fields(Document)]
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,7 @@ def write_documents(folder: Path, documents: Iterable[Document], per_shard: int)
                     # One frame with a checksum: the reader notices a flipped bit and a missing end.
                     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
                     shard = open_shard.enter_context(compressor.stream_writer(file))
-                line = json.dumps(asdict(document), ensure_ascii=False) + "\n"
-                shard.write(line.encode())
+                shard.write(_line(document))
                 count += 1
         for old in folder.glob(SHARDS):
             old.unlink()
@@ -94,9 +97,14 @@ def write_shard(path: Path, documents: Iterable[Document]) -> int:
     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
     with replacing(path) as temporary, temporary.open("wb") as file, compressor.stream_writer(file) as shard:
         for document in documents:
-            shard.write((json.dumps(asdict(document), ensure_ascii=False) + "\n").encode())
+            shard.write(_line(document))
             count += 1
     return count
+
+
+def _line(document: Document) -> bytes:
+    # `asdict` and a new encoder for each document would take a fifth of the time that a shard takes.
+    return (_encode({name: getattr(document, name) for name in _FIELDS}) + "\n").encode()
 
 
 def read_documents(folder: Path) -> Iterator[Document]:

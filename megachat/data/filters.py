@@ -264,7 +264,8 @@ class Words(Filter):
         if document.language == "zh":
             return 1.0, float(sum(word in text for word in {*self.stop_words}))
         words = split(text)
-        common = {*map(str.lower, {*words})}.intersection(self.stop_words)
+        longest = max(map(len, self.stop_words), default=0)
+        common = {word.lower() for word in words if len(word) <= longest}.intersection(self.stop_words)
         return share(sum(map(len, words)), len(words)), float(len(common))
 
     def keep(self, *scores: Any) -> bool:

@@ -44,7 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="in the shards")
+    parser.add_argument("--tokens", type=int, default=200_000_000, help="in the shards")
     parser.add_argument("--repeat", type=int, default=5, help="seconds of each; the median counts")
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -165,7 +165,7 @@ def write(folder: Path, tokens: int) -> dict[str, Shards]:
         count = int(tokens * weight)
         lengths = draw.lognormal(6.5, 1, count // 400).astype(np.int32) + 2
         lengths = lengths[: np.searchsorted(np.cumsum(lengths), count)]
-        ids = draw.integers(EOS + 1, VOCAB, int(lengths.sum()))
+        ids = draw.integers(EOS + 1, VOCAB, int(lengths.sum()), np.int32)
         ends = np.cumsum(lengths)
         ids[ends - lengths], ids[ends - 1] = BOS, EOS
         with ShardWriter(folder / name, VOCAB) as writer:
