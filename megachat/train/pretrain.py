@@ -194,19 +194,19 @@ class Pretrain(Task):
 
 
 def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
-    tokens = np.stack([row.tokens for row in rows])
-    width = tokens.shape[1]
+    length = len(rows[0].tokens) - 1
+    tokens = np.concatenate([row.tokens for row in rows]).reshape(-1, length + 1)
     labels = tokens[:, 1:].astype(np.int64)
     # The first token of a document cannot be predicted from the one before it, and padding is no document.
-    unseen = [
-        number * (width - 1) + place - 1
+    unseen = {
+        number * length + place - 1
         for number, (_, edges) in enumerate(rows)
-        for place in chain(edges[1:-1], range(edges[-1], width))
-    ]
-    labels.ravel()[unseen] = -100
+        for place in chain(edges[1:-1], range(edges[-1], length + 1))
+    }
+    labels.ravel()[[*unseen]] = -100
     inputs, documents = tokens[:, :-1].astype(np.int64), documents_of(rows)[:, :-1].copy()
     return Tokens(
-        weight=float(np.count_nonzero(labels != -100)),
+        weight=float(labels.size - len(unseen)),
         tokens=labels.size,
         samples=len(rows),
         inputs=torch.from_numpy(inputs).to(device),

@@ -196,11 +196,15 @@ def prepare(folder: Path, paths: Sequence[Path], limit: float, vocab: int) -> Pr
         raise ValueError(f"no text in {', '.join(map(str, paths))}")
     documents = [Document(str(number), text, SOURCE) for number, text in enumerate(texts)]
     tokenizer = train([one.text for one in sample(documents, LEARNT, 0)], vocab, 0.9995, 1)
-    for inputs, some in {"all": documents, "few": few(documents)}.items():
+    files = [*shards(documents)]
+    short = few(documents)
+    # In as many files, for each process to start.
+    dealt = [short[place :: len(files)] for place in range(min(len(files), len(short)))]
+    for inputs, some in {"all": files, "few": dealt}.items():
         for stage in ("clean", "tokenizer"):
             (folder / inputs / stage).mkdir(parents=True)
             write_json(folder / inputs / stage / "done.json", {"fingerprint": "made by encode.py"})
-        for number, shard in enumerate(shards(some)):
+        for number, shard in enumerate(some):
             write_shard(folder / inputs / "clean" / f"text-{number:05}.jsonl.zst", shard)
         tokenizer.save(folder / inputs / "tokenizer" / FILE)
     (folder / "all" / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
@@ -264,9 +268,8 @@ def fallen(folder: Path, encoder: str) -> int:
 def table(lines: Sequence[Program | Stage], absent: dict[str, str], prepared: Prepared, repeat: int) -> None:
     """Measures and prints line by line."""
     columns = f"{'cores':>6}{'s':>8}{'processor s':>13}{'MB/s a core':>13}{'M tokens/s a core':>19}"
-    print(f"{'':<26}{columns}{'x sentencepiece':>17}")
+    print(f"{'':<26}{columns}{'x sentencepiece':>17}{'start s':>9}{'x after it':>12}")
     base: Any = None
-    starts = {}
     for line in lines:
         if line.name in absent:
             print(f"{line.name:<26}not installed: {absent[line.name]}")
@@ -277,11 +280,6 @@ def table(lines: Sequence[Program | Stage], absent: dict[str, str], prepared: Pr
         told = line.run(prepared, repeat)
         base = base or told
         print(f"{line.name:<26}{line.cores:>6}{figures(told, base, prepared.size, line.cores)}", flush=True)
-        if isinstance(line, Stage):
-            starts[f"{line.name}, {line.cores}"] = told["start"]
-    if starts:
-        took = "; ".join(f"{name}: {start:.2f} s" for name, start in starts.items())
-        print(f"\nof a stage's time, its start and end, without text to speak of: {took}")
 
 
 def figures(told: clock.Result, base: clock.Result, size: int, cores: int) -> str:
@@ -291,6 +289,9 @@ def figures(told: clock.Result, base: clock.Result, size: int, cores: int) -> st
         return f"  not counted: {differing:,} of {len(base['digests']):,} texts have other ids"
     each = told["wall"] * cores * 1e6
     rates = f"{size / each:>13.2f}{base['tokens'] / each:>19.3f}{base['wall'] / told['wall']:>17.2f}"
+    if "start" in told:
+        left = told["wall"] - told["start"]
+        rates += f"{told['start']:>9.2f}" + (f"{base['wall'] / left:>12.2f}" if left > 0 else f"{'-':>12}")
     fallen = f"  {told['fallen']} files fell back" if told.get("fallen") else ""
     return f"{told['wall']:>8.2f}{told['seconds']:>13.2f}{rates}{fallen}"
 
