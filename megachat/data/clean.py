@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import unicodedata
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict, astuple, dataclass
@@ -18,12 +17,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from megachat.data.boilerplate import Boilerplate
-from megachat.data.collect import EXACT, EXAMPLES, HITS, NEAR, Collect, Select, Write
+from megachat.data.collect import (
+    EXACT,
+    EXAMPLES,
+    HITS,
+    NEAR,
+    SCHEMA,
+    Collect,
+    Select,
+    Write,
+    columns,
+    measured,
+)
 from megachat.data.contamination import Benchmarks, largest
-from megachat.data.copies import SIGNING, Corpus, Found, Shards, hot_buckets, search
+from megachat.data.copies import Corpus, Found, Shards, hot_buckets, search, signing
 from megachat.data.dedup import Dedup
 from megachat.data.executor import Executor
 from megachat.data.filters import Filter
@@ -40,7 +50,6 @@ from megachat.data.funnel import (
 )
 from megachat.data.jit import available
 from megachat.data.language import LanguageId
-from megachat.data.minhash import SCHEME
 from megachat.data.privacy import Privacy
 from megachat.data.repair import Repair
 from megachat.data.sources import Part, Source
@@ -49,6 +58,7 @@ from megachat.data.words import Transform
 from megachat.files import replacing, write_json
 from megachat.log import say
 from megachat.run import Stage, external
+from megachat.stages import did_you_mean
 
 PER_SHARD = 4_000_000
 """Bytes of input for which another shard is made, unless `shards` says how many; of a part of unknown size it
@@ -59,7 +69,7 @@ MOST_SHARDS = 8192
 """From 260 GB on: every search for copies opens files of all shards, and more of them would be small."""
 
 COMPILE = 100_000_000
-"""Bytes of text above which compiling the signatures' loop pays."""
+"""Bytes of Parquet, some twice as many of text, above which compiling the signatures' loop pays."""
 
 FEW = 100
 """A source with fewer documents may lose them all."""
@@ -106,6 +116,15 @@ class Clean(Stage):
     them."""
     shard: Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")] | None
     """With `stage`: which share of its tasks, as in 3/64 of an array of 64 jobs numbered from 0."""
+
+    @model_validator(mode="after")
+    def _a_score_that_is_measured(self) -> "Clean":
+        names = [*SCHEMA, *(name for rule in measured(self.filters).items() for name in columns(*rule))]
+        dedup = self.dedup
+        if dedup.near and dedup.keep == "best" and dedup.score not in names:
+            hint = did_you_mean(dedup.score, names, f"there are {', '.join(names)}")
+            raise ValueError(f"dedup.score: nothing measured is called {dedup.score!r}; {hint}")
+        return self
 
     @property
     def whole(self) -> bool:
@@ -178,10 +197,10 @@ class Clean(Stage):
         at = folder(self.work, "select", collect.folder.name, tree["filters"], threshold)
         select = Select("select", at, len(shards), collect.folder, self.filters, threshold)
         yield select
-        signing = self.dedup.model_dump(include=SIGNING)
-        index = folder(self.work, "sign", collect.folder.name, signing)
+        signed = signing(self.dedup)
+        index = folder(self.work, "sign", collect.folder.name, signed)
         own = Shards(sizes, collect.folder, index, select.folder)
-        corpus = Corpus(own, tuple(earlier(run, signing) for run in self.against))
+        corpus = Corpus(own, tuple(earlier(run, signed) for run in self.against))
         amount = sum(path.stat().st_size for path in collect.folder.glob("*.parquet"))
         fast = available() and amount > COMPILE
         memory = int(self.memory * 1e9)
@@ -239,15 +258,17 @@ class Clean(Stage):
             "clusters": clusters(made.found.settle, made.found, made.corpus),
             "quarantine": quarantine(read),
             "hot_buckets": buckets,
+            "pairs": {"compared": made.found.compared, "alike": made.found.alike},
             "contamination": largest([hit for record in read for hit in record["hits"]], HITS),
             "contaminated": sum((Counter(record["benchmarks"]) for record in read), Counter()),
-            "minhash": SCHEME,
-            "unicode": unicodedata.unidata_version,
+            "signing": signing(self.dedup),
         }
         write_json(self.folder / "report.json", report)
-        own, signing = made.corpus.own, self.dedup.model_dump(include=SIGNING)
+        own = made.corpus.own
         folders = {"texts": own.texts.name, "indices": own.indices.name, "marks": made.write.folder.name}
-        write_json(self.folder / "index.json", {"signing": signing, "sizes": own.sizes, **folders})
+        write_json(
+            self.folder / "index.json", {"signing": signing(self.dedup), "sizes": own.sizes, **folders}
+        )
         say(table(rows))
 
     def _rules(self) -> dict[str, str]:
@@ -284,15 +305,16 @@ class Made:
     corpus: Corpus
 
 
-def earlier(run: Path, signing: dict[str, Any]) -> Shards:
+def earlier(run: Path, signed: dict[str, Any]) -> Shards:
     """The documents that an earlier run kept, with their index."""
     path = run / "clean" / "index.json"
     if not path.is_file():
         raise ValueError(f"against: {path} is missing; name a run in which `megachat clean` has finished")
     known = json.loads(path.read_text(encoding="utf-8"))
-    if known["signing"] != signing:
+    if known["signing"] != signed:
         raise ValueError(
-            f"against: {run} was signed with {known['signing']}, this run is with {signing}; set them alike"
+            f"against: {run} was signed with {known['signing']}, this run is with {signed}; set dedup alike, "
+            f"or, where another Python brings another Unicode, run `megachat clean` of {run} again"
         )
     texts, indices, marks = (
         (run / "work" / known[name]).absolute() for name in ("texts", "indices", "marks")

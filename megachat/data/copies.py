@@ -7,6 +7,7 @@ came first.
 """
 
 import functools
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,12 +22,9 @@ from megachat.data.dedup import Dedup, alike, settle
 from megachat.data.graph import Edges, forest, roots, stars, union
 from megachat.data.index import Index, Open, Part, Rows, Sketches, digests
 from megachat.data.join import KEYS, RECORD, Hot, Join, Numbers, distinct, first_of_run
-from megachat.data.minhash import Texts
+from megachat.data.minhash import SCHEME, Texts
 from megachat.data.steps import Record, Step, folder
 from megachat.files import replacing, telling
-
-SIGNING = {"words", "characters", "bands", "rows"}
-"""The settings that an index depends on."""
 
 CLUSTERS = 20
 """How many of the largest clusters are reported."""
@@ -424,6 +422,10 @@ class Found:
     join: Sequence[Record] = ()
     """What the steps tell of their work."""
     settle: Sequence[Record] = ()
+    compared: int = 0
+    """Pairs that share a band."""
+    alike: int = 0
+    """Those of them that are alike."""
 
     def of(self, corpus: Corpus, shard: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """The exact and the near copies among the documents of a shard."""
@@ -436,6 +438,12 @@ class Found:
         return np.concatenate([np.empty(0, np.uint64), *found])[:most]
 
 
+def signing(dedup: Dedup) -> dict[str, Any]:
+    """What an index depends on, besides the texts. Python's Unicode says which characters are letters."""
+    settings = dedup.model_dump(include={"words", "characters", "bands", "rows"})
+    return settings | {"minhash": SCHEME, "unicode": unicodedata.unidata_version}
+
+
 def search(work: Path, corpus: Corpus, dedup: Dedup, memory: int, fast: bool) -> Generator[Step, None, Found]:
     """The steps one by one, each when those before it have been carried out; at the end where the copies are.
 
@@ -443,7 +451,6 @@ def search(work: Path, corpus: Corpus, dedup: Dedup, memory: int, fast: bool) ->
     """
     shards = len(corpus.own.sizes)
     earlier = [[str(path) for path in (some.texts, some.marks)] for some in corpus.earlier]
-    signing = dedup.model_dump(include=SIGNING)
     sign = Sign("sign", corpus.own.indices, shards, corpus.own, dedup, fast)
     yield sign
 
@@ -459,7 +466,7 @@ def search(work: Path, corpus: Corpus, dedup: Dedup, memory: int, fast: bool) ->
     yield alive
 
     tasks = dedup.bands * parts
-    at = folder(work, "join", alive.folder.name, signing, dedup.largest_bucket, memory)
+    at = folder(work, "join", alive.folder.name, signing(dedup), dedup.largest_bucket, memory)
     join = Candidates("join", at, tasks, corpus, alive.folder, dedup, memory)
     yield join
     parts = ranges(_pairs(join), 2 * RECORD, memory)
@@ -487,7 +494,8 @@ def search(work: Path, corpus: Corpus, dedup: Dedup, memory: int, fast: bool) ->
     counts = tuple(components.records[0]["pairs"])
     near = Settle("settle", at, files, corpus, components.folder, counts, dedup)
     yield near
-    return Found(same, Pairs.of(near), join.records, near.records)
+    compared = sum(record["compared"] for record in verify.records)
+    return Found(same, Pairs.of(near), join.records, near.records, compared, pairs)
 
 
 def ranges(items: int, size: int, memory: int) -> int:

@@ -46,11 +46,12 @@ class Dedup(Config):
     """Two documents are copies if this share of their hash values, which estimates Jaccard's, is equal; 0:
     all who share a band, and all who are connected through others, which destroys data in a large corpus."""
     keep: Literal["first", "id", "longest", "best"]
-    """Which of several copies stays: the first of the corpus; the one with the smallest id, which does not
-    depend on the order; or, of near copies, the longest, or the one that scores highest."""
+    """Which of several copies stays: the first of the corpus; the one with the smallest id, whatever the
+    order (where over ten share a band, though, the order says who is compared with whom); or, of near copies,
+    the longest, or the one that scores highest."""
     score: str
-    """The column that says what scores highest, with keep=best: as filter.column, for example
-    words.average."""
+    """The column that says what scores highest, with keep=best: a filter and what it measures, as in
+    words.stop_words."""
     largest_bucket: PositiveInt
     """Documents that may share a band; what more share is a template. It pairs nobody, and is reported."""
     largest_loss: Share
@@ -60,7 +61,9 @@ class Dedup(Config):
     @model_validator(mode="after")
     def _a_score_to_keep_by(self) -> "Dedup":
         if self.keep == "best" and not self.score:
-            raise ValueError("keep=best needs to know what is best; name a column, as in score=words.average")
+            raise ValueError(
+                "keep=best needs to know what is best; name a column, as in score=words.stop_words"
+            )
         return self
 
     @property

@@ -41,7 +41,7 @@ class Document:
     source: str
     """The name of the source it came from."""
     language: str = ""
-    """One of en, zh, code, other; empty until it has been looked at."""
+    """An ISO 639 code, `code`, or `other`; empty until it has been looked at."""
 
 
 _FIELDS = [field.name for field in fields(Document)]

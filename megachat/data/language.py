@@ -123,12 +123,12 @@ def script_of(text: str) -> tuple[str, float]:
     total = english + others
     if not total:
         return "other", 0.0
-    han = counts["zh"]
+    han = counts["zh"] if others else 0  # none that is a letter: code points of a later Unicode
     if han >= 0.3 * total:
         for language in ("ja", "ko"):  # both use Chinese characters, and neither does without its own
             if counts[language] >= 0.1 * han:
                 return language, 1 - english / total
-        return "zh", han / total
+        return "zh", min(1.0, han / total)
     if others >= 0.2 * total:
         # Vowel signs are no letters to Python, so a share could exceed 1.
         if counts["ja"]:

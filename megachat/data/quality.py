@@ -378,7 +378,10 @@ class FineWeb(WordFilter):
 
 
 class StopWordShare(WordFilter):
-    """How much of a text is the grammar of its language: little in lists of names, most in chatter."""
+    """How much of a text is the grammar of its language: little in lists of names, most in chatter.
+
+    The closed class word ratio of ROOTS (Laurençon et al., 2022, https://arxiv.org/abs/2303.03915, 3.2).
+    """
 
     columns = ("stop_word_share",)
     measured_by = ("stop_words", "segmenter", "characters_per_word")

@@ -176,18 +176,19 @@ def clusters(clean: Facts) -> Html | None:
         return None
     shown = []
     for cluster in clean["clusters"]:
-        origin = ", ".join(f"{name} {count:,}" for name, count in cluster.get("sources", {}).items())
-        summary = join(
-            [element("strong", plural(cluster["size"], "document")), f" {origin}" if origin else ""]
-        )
+        summary = element("strong", plural(cluster["size"], "document"))
         stays = cluster.get("kept")
-        inside = [sample(f"kept: {stays['id']}", stays.get("text", ""))] if stays else []
+        inside = [sample(f"kept: {stays['id']} of {stays['source']}", stays["text"])] if stays else []
         for copy in cluster.get("samples", ()):
             agreed = f", {100 * copy['agreement']:.0f} % alike" if "agreement" in copy else ""
             inside.append(sample(f"removed: {copy['id']}{agreed}", copy.get("text", "")))
         shown.append(element("details", element("summary", summary), *inside))
-    about = note("Of each the document that stays, and some of the copies removed in its favour.")
-    return join([element("h3", "Largest clusters of copies"), about, *shown])
+    about = "Of each the document that stays, and some of the copies removed in its favour."
+    if pairs := clean.get("pairs"):
+        about += (
+            f" {pairs['alike']:,} of the {plural(pairs['compared'], 'pair')} that share a band are alike."
+        )
+    return join([element("h3", "Largest clusters of copies"), note(about), *shown])
 
 
 def sample(title: str, text: str) -> Html:
@@ -198,7 +199,7 @@ def sample(title: str, text: str) -> Html:
 def hot_buckets(clean: Facts) -> Html | None:
     """Bands that so many documents share that they say nothing."""
     rows = [
-        [of.get("band", ""), f"{of['documents']:,}", element("pre", clipped(of.get("sample", "")))]
+        [of.get("band", ""), f"{of['documents']:,}", sample(of["sample"]["id"], of["sample"]["text"])]
         for of in clean.get("hot_buckets", ())
     ]
     return listed(

@@ -42,6 +42,8 @@ class EncodeChat(Stage):
         """Writes `train.bin`, `.idx`, `.mask.bin`, the same for validation, and `manifest.json`."""
         tokenizer = Tokenizer.load(self.input("tokenizer"))
         entries = {}
+        for left in self.folder.glob("*.tmp"):  # by one that was killed
+            left.unlink()
         with ExitStack() as stack:
             writers = {split: ShardWriter(self.folder / split, tokenizer.vocab, True) for split in SPLITS}
             for writer in writers.values():

@@ -1,6 +1,8 @@
 """The clean stage: what it keeps, what it says of the rest, and that a mistake leaves nothing behind."""
 
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pyarrow.parquet import ParquetFile
 
 from megachat.__main__ import main
-from megachat.config import compose
+from megachat.config import ConfigError, compose
 from megachat.data.clean import Clean, shards_for
 from megachat.data.document import Broken, Document, read_documents
+from megachat.data.shards import read_split
 from megachat.data.sources import Part, Source
+from megachat.tokenizer.encode import SPLITS
 from tests.tiny_run import environment
 
 WORDS = ["the", "and", "of", "model", "language", "data", "train", "token", "learn", "weight", "loss", "step"]
@@ -345,6 +350,92 @@ def test_a_source_that_would_lose_nearly_all_stops_the_stage(run: Path) -> None:
         stage(run, {"mine": given}).execute()
     stage(run, {"mine": given}, "dedup.largest_loss=1").execute()
     assert [name for name, _ in texts(run / "clean")] == ["0"]
+
+
+def test_the_best_by_a_column_stays_and_a_column_that_is_not_there_is_named(run: Path) -> None:
+    given = [(str(number), prose(1) + "\nthat is to be" * (number % 3)) for number in range(3)]
+    for keep, stays in (("first", "0"), ("best", "1")):
+        settings = [f"dedup.keep={keep}", "dedup.score=words.stop_words", "dedup.threshold=0.5"]
+        stage(run, {"mine": given}, *settings).execute()
+        assert [name for name, _ in texts(run / "clean")] == [stays]
+    with pytest.raises(
+        ConfigError, match=r"nothing measured is called 'words.stop_word'; did you mean 'words.st"
+    ):
+        stage(run, {"mine": given}, "dedup.keep=best", "dedup.score=words.stop_word")
+
+
+def test_what_too_many_share_is_reported_and_so_are_the_pairs(run: Path) -> None:
+    given = [(str(number), prose(1).replace("weight", f"mass{number}", 1)) for number in range(8)]
+    stage(run, {"mine": given}, "dedup.largest_bucket=5").execute()
+    told = report(run)
+    assert told["pairs"]["compared"] >= told["pairs"]["alike"]
+    assert all(bucket["documents"] > 5 for bucket in told["hot_buckets"])
+    assert told["hot_buckets"][0]["sample"].keys() == {"id", "source", "text"}
+    stage(run, {"mine": given}, "dedup.threshold=0.5").execute()
+    told = report(run)
+    assert told["pairs"] == {"compared": 8 * 7 / 2, "alike": 8 * 7 / 2}
+    assert told["hot_buckets"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_is_named_and_the_same_command_goes_on_to_the_same_bytes(
+    error: int, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n % 40) for n in range(60)])
+    command = ["clean", *settings, "executor.processes=1", "log.wandb=disabled"]
+    calls = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(file), sync(file)))
+    main([*command, f"run={run / 'whole'}"])
+    expected = {path.name: path.read_bytes() for path in (run / "whole" / "clean").glob("text-*")}
+    for fails in range(0, len(calls), max(len(calls) // 8, 1)):
+
+        def failing(file: Any, left: list[int] = [fails]) -> None:  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(error, os.strerror(error))
+            sync(file)
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(SystemExit):
+            main([*command, f"run={run / str(fails)}"])
+        message = capsys.readouterr().err
+        assert os.strerror(error).lower() in message
+        assert "Traceback" not in message
+        monkeypatch.setattr(os, "fsync", sync)
+        main([*command, f"run={run / str(fails)}"])
+        again = {path.name: path.read_bytes() for path in (run / str(fails) / "clean").glob("text-*")}
+        assert again == expected
+
+
+@pytest.mark.slow
+def test_a_document_of_ten_million_tokens_is_cleaned_and_encoded_with_the_others(run: Path) -> None:
+    draw = random.Random(0)
+    text = " ".join(draw.choices([first + second for first in "abcdef" for second in "vwxyz"], k=10_000_000))
+    settings = jsonl(run.parent / "corpus" / "0.jsonl", [text, *map(prose, range(40))])
+    for stage, *own in (
+        ["clean", *settings, "executor.processes=1", "filters=none"],
+        ["tokenizer", "vocab=300"],
+        ["encode", "executor.processes=1", "validation=0.4"],
+    ):
+        main([stage, f"run={run}", "log.wandb=disabled", *own])
+    assert [len(text) for _, text in texts(run / "clean")][0] == 29_999_999
+    manifest = json.loads((run / "encode" / "manifest.json").read_text())
+    shards = [shard for split in SPLITS for shard in read_split(run / "encode", split).values()]
+    lengths = [length for shard in shards for length in np.diff(shard.documents).tolist()]
+    assert max(lengths) >= 10_000_000
+    assert sum(manifest[split]["documents"] for split in SPLITS) == len(lengths) == 41
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="there is no folder that nobody may write to")
+def test_a_folder_that_nobody_may_write_to_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n) for n in range(3)])
+    with pytest.raises(SystemExit):
+        main(["clean", *settings, "run=/sys/megachat", "log.wandb=disabled"])
+    message = capsys.readouterr().err
+    assert "/sys/megachat" in message
+    assert "Traceback" not in message
 
 
 def test_a_failed_second_run_keeps_what_the_first_one_wrote(run: Path) -> None:

@@ -30,7 +30,7 @@ WHOLE: dict[str, Any] = {
         )
     ],
     "clusters": [
-        {"size": 1234, "sources": {"web": 1200, "books": 34}, "kept": {"id": "web/7", "text": "留下的文字"},
+        {"size": 1234, "kept": {"id": "web/7", "source": "web", "text": "留下的文字"},
          "samples": [{"id": "web/9", "text": "几乎相同的文字", "agreement": 0.875}]},
     ],
     "lengths": {"zh": {"edges": [100, 1000, 10_000], "counts": [3, 6]}},
@@ -40,7 +40,10 @@ WHOLE: dict[str, Any] = {
         {"benchmark": "gsm", "item": "17", "share": 0.5, "document": "web/3", "ngram": "how many"}
     ],
     "quarantine": {"count": 3, "first": [{"place": "a.jsonl:7", "why": "not UTF-8"}]},
-    "hot_buckets": [{"band": 4, "documents": 99_999, "sample": "版权所有"}],
+    "hot_buckets": [
+        {"band": 4, "documents": 99_999, "sample": {"id": "web/1", "source": "web", "text": "版权所有"}}
+    ],
+    "pairs": {"compared": 5000, "alike": 4321},
 }  # fmt: skip
 
 
@@ -54,7 +57,7 @@ def shown(clean: dict[str, Any]) -> str:
     [
         ("documents", "kept 90 documents, 1.5 MB"),
         ("rows", "too short 1 example a short one 100 10 10.0 % 2.0 kB"),
-        ("clusters", "1,234 documents web 1,200, books 34 kept: web/7 留下的文字"),
+        ("clusters", "1,234 documents kept: web/7 of web 留下的文字"),
         ("clusters", "removed: web/9, 88 % alike 几乎相同的文字"),
         ("lengths", "1.0 kB to 10.0 kB: 6 documents"),
         ("languages", "Languages Documents Bytes zh 90 1.5 MB"),
@@ -62,13 +65,18 @@ def shown(clean: dict[str, Any]) -> str:
         ("contamination", "gsm 17 50 % web/3 how many"),
         ("quarantine", "3 pieces of the input"),
         ("quarantine", "a.jsonl:7 not UTF-8"),
-        ("hot_buckets", "4 99,999 版权所有"),
+        ("hot_buckets", "4 99,999 web/1 版权所有"),
     ],
 )
 def test_each_part_is_shown_if_it_is_there_and_not_missed_if_it_is_not(key: str, expected: str):
     assert expected in shown(WHOLE)
     assert expected in shown({key: WHOLE[key]} | ({"bytes": 1_500_000} if key == "documents" else {}))
     assert expected not in shown({name: value for name, value in WHOLE.items() if name != key})
+
+
+def test_beside_the_clusters_stands_how_many_pairs_were_alike():
+    assert "4,321 of the 5,000 pairs that share a band are alike" in shown(WHOLE)
+    assert "share a band" not in shown({"clusters": WHOLE["clusters"]})
 
 
 def test_the_funnel_adds_up_the_sources_and_puts_the_one_that_lost_most_first():
@@ -125,7 +133,7 @@ def hostile(value: Any) -> Any:
             "share",
             "document",
         }
-        named |= {"ngram", "count", "first", "place", "why", "band", "sample"}
+        named |= {"ngram", "count", "first", "place", "why", "band", "sample", "compared", "alike"}
         return {key if key in named else EVIL + key: hostile(of) for key, of in value.items()}
     if isinstance(value, list):
         return [hostile(of) for of in value]
