@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -213,7 +213,10 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing"
     if detail["type"] == "extra_forbidden":
-        hint = did_you_mean(name, cls.model_fields, f"it has {', '.join(cls.model_fields)}")
+        *above, last = detail["loc"]
+        for part in above:
+            cls = _block(cls, part)
+        hint = did_you_mean(str(last), cls.model_fields, f"it has {', '.join(cls.model_fields)}")
         return f"{key}: {cls.__name__} has no such setting; {hint}"
     if detail["type"] in ("is_instance_of", "model_type"):
         expected = detail["ctx"].get("class") or detail["ctx"].get("class_name")
@@ -224,6 +227,17 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
     is_text = detail["type"] == "string_type" and got is not None
     hint = f"; as text it is {name}=\"'{got}'\"" if is_text else ""
     return f"{key}: {message[0].lower()}{message[1:]}, got {got!r}{hint}"
+
+
+def _block(cls: type[Config], part: str | int) -> type[Config]:
+    """What a setting of a block consists of; the block itself for a place in a list or what is no block."""
+    kinds = [cls.model_fields[part].annotation] if part in cls.model_fields else []
+    while kinds:
+        kind = kinds.pop()
+        if isinstance(kind, type) and issubclass(kind, Config):
+            return kind
+        kinds += get_args(kind)
+    return cls
 
 
 def _locate(target: str, path: str, mistakes: list[str]) -> type[Config] | None:

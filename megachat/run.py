@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from megachat import __version__
 from megachat.config import Config, decode, redact
@@ -50,6 +50,13 @@ class Stage(Config):
     _tree: dict[str, Any] = PrivateAttr(default_factory=dict)
     _aside: Path | None = PrivateAttr(default=None)
     """Where `begin` has moved what other settings had made."""
+
+    @field_validator("run", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("it is empty; name a folder, as in run=runs/main")
+        return value
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "Stage":

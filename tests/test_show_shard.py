@@ -59,13 +59,21 @@ def test_a_document_is_shown_token_by_token(prefix: Path) -> None:
 
 
 def test_mistakes_say_what_to_do(prefix: Path, run: Path) -> None:
-    assert "has 2 documents; --document 2 is not below that" in show(prefix, "--document", 2, status=2)
+    assert "--count -5: how many documents to show is 1 or more" in show(prefix, "--count", -5, status=2)
+    assert "has documents 0 to 1; --document 2 is not one" in show(prefix, "--document", 2, status=2)
     assert "none.idx is missing" in show(prefix.parent / "none", status=2)
     write_json(run / "encode" / "manifest.json", {"tokenizer": "0" * 64})
     assert "has the sha256 000000000000 that its manifest names; name one with --tokenizer" in show(
         prefix, status=2
     )
     assert "document 0" in show(prefix, "--tokenizer", run)
+
+
+def test_the_tokenizer_may_be_of_the_run_that_the_stage_read(prefix: Path, run: Path) -> None:
+    (run / "tokenizer").rename(run.parent / "tokenizer")
+    assert "no tokenizer near" in show(prefix, status=2)
+    (run / "encode" / "config.yaml").write_text(f"inputs: {run.parent}\n")
+    assert "document 0" in show(prefix)
 
 
 def test_a_shard_or_a_document_with_nothing_in_it_is_shown_as_that(prefix: Path) -> None:

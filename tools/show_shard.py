@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megachat.data.shards import Shard
 from megachat.files import sha256
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
@@ -96,7 +98,9 @@ def shown(prefix: Path, first: int, count: int, tokenizer: Path | None = None) -
     shard = Shard(prefix)
     words = tokenizer_of(prefix, tokenizer)
     if not 0 <= first < max(len(shard), 1):  # of a shard without documents there is the first line
-        raise ValueError(f"{prefix} has {len(shard):,} documents; --document {first} is not below that")
+        raise ValueError(f"{prefix} has documents 0 to {len(shard) - 1:,}; --document {first} is not one")
+    if count < 1:
+        raise ValueError(f"--count {count}: how many documents to show is 1 or more")
     mask = shard.mask
     kind = "" if mask is None else f", {int(mask.sum()):,} of them trained on"
     yield f"{prefix}: {len(shard):,} documents, {len(shard.tokens):,} tokens{kind}"
@@ -148,7 +152,8 @@ def tokenizer_of(prefix: Path, given: Path | None) -> Tokenizer:
     for folder in folders:
         if expected is None and (folder / "manifest.json").is_file():
             expected = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("tokenizer")
-    for folder in folders:
+    runs = [run for folder in folders if (run := inputs_of(folder))]
+    for folder in [*folders, *runs]:
         for place in (folder / FILE, folder / "tokenizer" / FILE):
             if place.is_file():
                 found = Tokenizer.load(place)
@@ -159,6 +164,13 @@ def tokenizer_of(prefix: Path, given: Path | None) -> Tokenizer:
         + (f" has the sha256 {expected[:12]} that its manifest names" if expected else "")
         + "; name one with --tokenizer runs/NAME, or the path of a tokenizer.model"
     )
+
+
+def inputs_of(folder: Path) -> Path | None:
+    """The run that a stage took its inputs from, where `folder` is a stage's."""
+    config = folder / "config.yaml"
+    found = yaml.safe_load(config.read_text(encoding="utf-8")).get("inputs") if config.is_file() else None
+    return Path(found) if found else None
 
 
 if __name__ == "__main__":

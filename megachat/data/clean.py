@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, model_validator
 
 from megachat.data.boilerplate import Boilerplate
 from megachat.data.collect import (
@@ -59,6 +59,9 @@ from megachat.files import replacing, write_json
 from megachat.log import say
 from megachat.run import Stage, external
 from megachat.stages import did_you_mean
+
+STEPS = ("collect", "select", "sign", "exact", "alive", "join", "verify", "components", "settle", "filter")
+"""What the stage does, in this order."""
 
 PER_SHARD = 4_000_000
 """Bytes of input for which another shard is made, unless `shards` says how many; of a part of unknown size it
@@ -112,13 +115,26 @@ class Clean(Stage):
     memory: PositiveFloat
     """GB that a task may take for sorting."""
     stage: str | None
-    """The one step to do, on a cluster without Ray: collect, select, sign, ... as `megachat clean` names
-    them."""
-    shard: Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")] | None
+    """The one step to do, on a cluster without Ray: collect, select, sign, exact, alive, join, verify,
+    components, settle or filter; then once more none, to put the result in its place."""
+    shard: str | None
     """With `stage`: which share of its tasks, as in 3/64 of an array of 64 jobs numbered from 0."""
 
     @model_validator(mode="after")
-    def _a_score_that_is_measured(self) -> "Clean":
+    def _what_there_is(self) -> "Clean":
+        if self.stage is not None and self.stage not in STEPS:
+            hint = did_you_mean(self.stage, STEPS, f"there are {', '.join(STEPS)}")
+            raise ValueError(f"stage: there is no step {self.stage!r}; {hint}")
+        if self.shard is not None:
+            number, _, of = self.shard.partition("/")
+            if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+                raise ValueError(f"shard: {self.shard!r} is no share; those of 64 are 0/64 to 63/64")
+            if self.stage is None:
+                raise ValueError(
+                    f"shard={self.shard} is a share of one step; say which, as in stage={STEPS[0]}"
+                )
+        if own := [run for run in self.against if run.absolute() == self.run.absolute()]:
+            raise ValueError(f"against: {own[0]} is this run itself; name earlier ones, or leave it out")
         names = [*SCHEMA, *(name for rule in measured(self.filters).items() for name in columns(*rule))]
         dedup = self.dedup
         if dedup.near and dedup.keep == "best" and dedup.score not in names:
@@ -165,14 +181,15 @@ class Clean(Stage):
                 )
             return False
         number, of = map(int, (self.shard or "0/1").split("/"))
-        if number >= of:
-            raise ValueError(f"shard={self.shard}: the {of} shares are 0/{of} to {of - 1}/{of}")
+        if number >= step.tasks:
+            say(f"{step.name} has {step.tasks:,} tasks: none for shard={self.shard}")
         carry_out(step, self.executor, (number, of))
         return True
 
     def _steps(self) -> Generator[Step, None, "Made"]:
         """The steps one by one, each when those before it have been carried out."""
-        tree = self.tree
+        tree, signed = self.tree, signing(self.dedup)
+        before = tuple(earlier(run, signed) for run in self.against)
         shards = self._shards()
         mending = {
             name: tree[name] for name in ("repair", "language", "boilerplate", "privacy", "transforms")
@@ -197,10 +214,9 @@ class Clean(Stage):
         at = folder(self.work, "select", collect.folder.name, tree["filters"], threshold)
         select = Select("select", at, len(shards), collect.folder, self.filters, threshold)
         yield select
-        signed = signing(self.dedup)
         index = folder(self.work, "sign", collect.folder.name, signed)
         own = Shards(sizes, collect.folder, index, select.folder)
-        corpus = Corpus(own, tuple(earlier(run, signed) for run in self.against))
+        corpus = Corpus(own, before)
         amount = sum(path.stat().st_size for path in collect.folder.glob("*.parquet"))
         fast = available() and amount > COMPILE
         memory = int(self.memory * 1e9)
@@ -234,11 +250,20 @@ class Clean(Stage):
     def _finish(self, made: "Made") -> None:
         """Puts the shards and the report in their places."""
         funnel = Funnel.of(self._reasons(), made.collect.records, made.select.records, made.write.records)
-        rows = funnel.rows(removed_examples(made.write.records, made.corpus))
+        examples = removed_examples(made.write.records, made.corpus)
+        rows = funnel.rows(examples)
         summary = kept(made.write.records)
+        read = made.collect.records
+        aside = quarantine(read)
+        unread = f"{aside['count']:,} of its records or files could not be read" if aside["count"] else ""
+        if unread:
+            unread += ", the first at {place}: {why}".format(**aside["first"][0])
+            say(f"clean: {unread}")
+        if not rows[0].documents_in:
+            raise ValueError(f"corpus: there is no document in it; {unread or 'look at what its files hold'}")
         if not summary["documents"]:
             raise ValueError(f"no document is left; loosen the filter that removed the most\n{table(rows)}")
-        self._check_loss(funnel)
+        self._check_loss(funnel, examples.get(NEAR, [""])[0])
         names = [f"text-{task:05}.jsonl.zst" for task in range(made.write.tasks)]
         for old in {path.name for path in self.folder.glob("text-*")} - {*names}:
             (self.folder / old).unlink()  # by a run with more shards that was killed here
@@ -249,14 +274,13 @@ class Clean(Stage):
             {"band": band, "documents": hot.documents, "sample": document(made.corpus, hot.example)}
             for band, hot in hot_buckets(made.found.join)[:EXAMPLES]
         ]
-        read = made.collect.records
         report = {
             "rows": [asdict(row) for row in rows],
             "funnel": as_records(funnel),
             **summary,
             "lengths": lengths(made.write.records),
             "clusters": clusters(made.found.settle, made.found, made.corpus),
-            "quarantine": quarantine(read),
+            "quarantine": aside,
             "hot_buckets": buckets,
             "pairs": {"compared": made.found.compared, "alike": made.found.alike},
             "contamination": largest([hit for record in read for hit in record["hits"]], HITS),
@@ -282,15 +306,15 @@ class Clean(Stage):
         near = f"{self.dedup.threshold:.0%} or more of the MinHash of an earlier document"
         return {"normalise": EMPTY, **self._rules(), EXACT: SAME} | ({NEAR: near} if self.dedup.near else {})
 
-    def _check_loss(self, funnel: Funnel) -> None:
+    def _check_loss(self, funnel: Funnel, example: str) -> None:
         """No source may lose nearly everything as near copies unnoticed."""
         for source, row in funnel.by_source():
             lost = row.step == NEAR and row.documents_removed / max(row.documents_in, 1)
             if lost > self.dedup.largest_loss and row.documents_in >= FEW:
                 raise ValueError(
                     f"{row.documents_removed:,} of the {row.documents_in:,} documents of {source!r} are near "
-                    f"copies; look at them in {self.work}, raise dedup.threshold, or allow it with "
-                    "dedup.largest_loss=1"
+                    f"copies (a copy, ~ and what stays: {example}); raise dedup.threshold, or, where so many "
+                    "are right, as of pages that were crawled before, allow it with dedup.largest_loss=1"
                 )
 
 

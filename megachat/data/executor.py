@@ -87,7 +87,13 @@ class Ray(Executor):
             import ray
         except ImportError:
             raise ValueError("executor=ray needs Ray; pip install 'megachat[ray]'") from None
-        ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+        except ConnectionError:
+            raise ValueError(
+                f"executor.address={self.address}: no Ray answers; start one with `ray start --head`, or set "
+                "executor.address=local, which is this machine alone"
+            ) from None
         home = os.getcwd()
         remote: Any = ray.remote(num_cpus=self.cores, max_retries=self.retries)(
             lambda task, number: _at(home, task, number)

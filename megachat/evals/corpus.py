@@ -68,15 +68,18 @@ def funnel(clean: Facts) -> Html | None:
         rows.append([name, *counts(counted), bar])
         folded.append(element("details", element("summary", name, ", step by step"), narrowing(of)))
     total = [{"step": step, **numbers} for step, numbers in whole.items()]
+    by_source = [
+        element("h3", "By source"),
+        note("Those that lost the largest share come first."),
+        table(["Source", "Documents in", "Removed", "Share", ""], rows, numeric=(1, 2, 3), bars=(4,)),
+        *folded,
+    ]
     return join(
         [
             element("h3", "Funnel"),
             note("Documents that came to each step: those that stayed, and those removed."),
             narrowing(total),
-            element("h3", "By source"),
-            note("Those that lost the largest share come first."),
-            table(["Source", "Documents in", "Removed", "Share", ""], rows, numeric=(1, 2, 3), bars=(4,)),
-            *folded,
+            *(by_source if len(sources) > 1 else []),
         ]
     )
 

@@ -113,7 +113,8 @@ def headline(facts: Facts) -> Html:
     amounts.append(plural(len(facts["stages"]), "finished stage"))
     took = f" in {duration(facts['seconds'])}" if facts["seconds"] else ""
     over = element("div", "megachat run report", class_="over")
-    lead = element("p", f"From raw text to a chat model{took}: {', '.join(amounts)}.", class_="lead")
+    what = "From raw text to a chat model" if "sft" in facts["stages"] else "Finished"
+    lead = element("p", f"{what}{took}: {', '.join(amounts)}.", class_="lead")
     return join([over, element("h1", facts["run"]), lead])
 
 

@@ -345,7 +345,7 @@ def test_a_broken_line_far_into_the_corpus_leaves_nothing_behind(run: Path) -> N
 def test_a_source_that_would_lose_nearly_all_stops_the_stage(run: Path) -> None:
     given = [(str(n), prose(1).replace("weight", f"mass{n}", 1)) for n in range(120)]
     with pytest.raises(
-        ValueError, match=r"119 of the 120 documents of 'fixed' are near copies; look at them"
+        ValueError, match=r"119 of the 120 documents of 'fixed' are near copies \(.*: 1 ~ 0: 'and loss"
     ):
         stage(run, {"mine": given}).execute()
     stage(run, {"mine": given}, "dedup.largest_loss=1").execute()
@@ -420,7 +420,7 @@ def test_a_document_of_ten_million_tokens_is_cleaned_and_encoded_with_the_others
         ["encode", "executor.processes=1", "validation=0.4"],
     ):
         main([stage, f"run={run}", "log.wandb=disabled", *own])
-    assert [len(text) for _, text in texts(run / "clean")][0] == 29_999_999
+    assert next(len(text) for _, text in texts(run / "clean")) == 29_999_999
     manifest = json.loads((run / "encode" / "manifest.json").read_text())
     shards = [shard for split in SPLITS for shard in read_split(run / "encode", split).values()]
     lengths = [length for shard in shards for length in np.diff(shard.documents).tolist()]
@@ -450,6 +450,47 @@ def test_a_corpus_of_which_nothing_is_left_shows_what_removed_it(run: Path) -> N
     with pytest.raises(ValueError, match=r"(?s)no document is left; loosen .*\nlength +1 +1 "):
         stage(run, {"mine": [("a", "short")]}, "~filters.script").execute()
     assert not (run / "clean").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=sing"], "there is no step 'sing'; did you mean 'sign'"),
+        (["stage=sign", "shard=3/3"], "shard: '3/3' is no share; those of 64 are 0/64 to 63/64"),
+        (["stage=sign", "shard=-1/3"], "shard: '-1/3' is no share"),
+        (["shard=0/2"], "shard=0/2 is a share of one step; say which, as in stage=collect"),
+        (["against=[runs/here]", "run=runs/here"], "against: runs/here is this run itself"),
+        (["run="], "run: it is empty; name a folder"),
+        (["benchmarks=files"], "benchmarks.paths: missing"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_read(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as mistakes:
+        Clean.of(compose("clean", overrides))
+    assert message in str(mistakes.value)
+
+
+def test_an_earlier_run_that_is_not_there_is_missed_before_anything_is_read(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"against: .*index\.json is missing"):
+        stage(run, {"mine": [("a", prose(1))]}, f"against=[{run / 'nowhere'}]").execute()
+    assert not (run / "work").exists()
+
+
+def test_what_could_not_be_read_is_told_of_and_so_is_a_corpus_without_a_document(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run.parent / "corpus"
+    settings = jsonl(folder / "0.jsonl", [prose(n) for n in range(3)])
+    with (folder / "0.jsonl").open("a") as file:
+        file.write("{broken\n")
+    Clean.of(compose("clean", [*settings, "corpus.on_error=quarantine", f"run={run}"])).execute()
+    assert "1 of its records or files could not be read, the first at" in capsys.readouterr().err
+    (folder / "0.jsonl").write_text("{broken\n")
+    with pytest.raises(ValueError, match=r"there is no document in it; 1 of its records .*0\.jsonl:1: "):
+        Clean.of(compose("clean", [*settings, "corpus.on_error=quarantine", f"run={run / 'b'}"])).execute()
+    (folder / "0.jsonl").write_text("")
+    with pytest.raises(ValueError, match="there is no document in it; look at what its files hold"):
+        Clean.of(compose("clean", [*settings, f"run={run / 'c'}"])).execute()
 
 
 def test_an_empty_source_is_named(run: Path) -> None:

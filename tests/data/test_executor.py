@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,22 @@ def test_a_share_of_an_array_does_its_own_tasks(tmp_path: Path) -> None:
 def test_a_folder_is_named_for_all_that_its_result_depends_on(tmp_path: Path) -> None:
     assert folder(tmp_path, "sign", {"a": 1, "b": 2}) == folder(tmp_path, "sign", {"b": 2, "a": 1})
     assert folder(tmp_path, "sign", {"a": 1}) != folder(tmp_path, "sign", {"a": 2})
+
+
+def test_where_no_ray_answers_it_says_how_to_start_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def nobody(*given: Any, **settings: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    away = Ray(address="auto", cores=1, retries=0)
+    with pytest.raises(
+        ValueError, match=r"address=auto: no Ray answers; start one with `ray start --head`, or"
+    ):
+        carry_out(Fails("none", tmp_path / "none", 1, kill=False), away)
 
 
 @pytest.mark.slow

@@ -90,6 +90,10 @@ def test_mixtures_are_chosen_and_mistakes_named() -> None:
         ("[{tokens: 10, weights: {web: 1}}]", "phase 1 of 1 has tokens=10; the last one lasts to the end"),
         ("[{tokens: null, weights: {web: -1}}]", r"mixture.phases.0.weights.web: .*greater than 0"),
         ("[{tokens: null, weights: {}}]", r"mixture.phases.0.weights: "),
+        (
+            "[{token: 10, weights: {web: 1}}]",
+            r"phases.0.token: Phase has no such setting; did you mean 'tokens'",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             decode(compose("pretrain", ["mixture=curriculum", f"mixture.phases={wrong}"]))

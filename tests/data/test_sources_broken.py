@@ -212,7 +212,7 @@ def test_parquet_names_a_missing_column_a_null_a_long_row_and_a_broken_file(tmp_
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None, "long" * 9, "y"]}), path)
     source = Parquet(**FILE | KEYS | {"paths": [str(path)], "longest": 20})
-    documents, broken = both(source, r"a\.parquet:2: None is no text; mend the record or delete it")
+    documents, broken = both(source, r"a\.parquet:2: null is no text; mend the record or delete it")
     assert [document.id for document in documents] == ["a.parquet:1", "a.parquet:4"]
     assert str(broken[1]).startswith(f"{path}:3: the row is longer than 20 bytes")
     for on_error in ("stop", "quarantine"):

@@ -156,7 +156,8 @@ class Keys(Config):
             raise ValueError(f"no text under {self.text!r}, it has {keys}; set `text` of the corpus")
         text = record[self.text]
         if not isinstance(text, str):
-            raise ValueError(f"{excerpt(repr(text))} is no text; mend the record or delete it")
+            found = "null" if text is None else excerpt(repr(text))
+            raise ValueError(f"{found} is no text; mend the record or delete it")
         return text
 
     def _own_id(self, record: Any, seen: "Seen") -> str:
