@@ -255,7 +255,7 @@ class Clean(Stage):
         summary = kept(made.write.records)
         read = made.collect.records
         aside = quarantine(read)
-        unread = f"{aside['count']:,} of its records or files could not be read" if aside["count"] else ""
+        unread = f"{aside['count']:,} records or files of the corpus could not be read" if aside["count"] else ""
         if unread:
             unread += ", the first at {place}: {why}".format(**aside["first"][0])
             say(f"clean: {unread}")

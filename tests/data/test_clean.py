@@ -484,9 +484,9 @@ def test_what_could_not_be_read_is_told_of_and_so_is_a_corpus_without_a_document
     with (folder / "0.jsonl").open("a") as file:
         file.write("{broken\n")
     Clean.of(compose("clean", [*settings, "corpus.on_error=quarantine", f"run={run}"])).execute()
-    assert "1 of its records or files could not be read, the first at" in capsys.readouterr().err
+    assert "1 records or files of the corpus could not be read, the first at" in capsys.readouterr().err
     (folder / "0.jsonl").write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"there is no document in it; 1 of its records .*0\.jsonl:1: "):
+    with pytest.raises(ValueError, match=r"there is no document in it; 1 records .*0\.jsonl:1: "):
         Clean.of(compose("clean", [*settings, "corpus.on_error=quarantine", f"run={run / 'b'}"])).execute()
     (folder / "0.jsonl").write_text("")
     with pytest.raises(ValueError, match="there is no document in it; look at what its files hold"):
