@@ -255,9 +255,10 @@ class Clean(Stage):
         summary = kept(made.write.records)
         read = made.collect.records
         aside = quarantine(read)
-        unread = f"{aside['count']:,} records or files of the corpus could not be read" if aside["count"] else ""
-        if unread:
-            unread += ", the first at {place}: {why}".format(**aside["first"][0])
+        unread = ""
+        if count := aside["count"]:
+            unread = f"{count:,} records or files of the corpus could not be read, the first at "
+            unread += "{place}: {why}".format(**aside["first"][0])
             say(f"clean: {unread}")
         if not rows[0].documents_in:
             raise ValueError(f"corpus: there is no document in it; {unread or 'look at what its files hold'}")
