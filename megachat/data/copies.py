@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megachat.data.dedup import Dedup, alike, settle
 from megachat.data.graph import Edges, forest, roots, stars, union
-from megachat.data.index import Index, Open, Part, Rows, Sketches, digests
+from megachat.data.index import Index, Open, Part, Rows, Sketches, band_keys, digests
 from megachat.data.join import KEYS, RECORD, Hot, Join, Numbers, distinct, first_of_run
 from megachat.data.minhash import SCHEME, Texts
 from megachat.data.steps import Record, Step, folder
@@ -266,6 +266,8 @@ class Candidates(Step):
     def work(self, task: int) -> Record:
         alive = functools.partial(self.corpus.unmarked, marks=self.alive)
         join = Join(self.corpus.offsets[:-1], alive, self.memory, self.dedup.largest_bucket)
+        if self.dedup.keep == "id":  # whatever the order of the corpus
+            join.intrinsic = self._by_sketch
         band, part = task % self.dedup.bands, task // self.dedup.bands
         span = _span(part, self.tasks // self.dedup.bands)
         found = map(np.stack, join.pairs(self.corpus.indices, band, *span))
@@ -277,6 +279,10 @@ class Candidates(Step):
             "spread": [sample(left, SPREAD).tolist() for left in lefts],
             "hot": [[band, hot.documents, hot.example] for hot in join.hot],
         }
+
+    def _by_sketch(self, numbers: Numbers) -> NDArray[np.uint64]:
+        """A number for each document that follows from its sketch."""
+        return band_keys(self.corpus.sketches(numbers).astype(np.uint32), 1)[0]
 
 
 def sample(numbers: Numbers, most: int) -> Numbers:
@@ -466,7 +472,7 @@ def search(work: Path, corpus: Corpus, dedup: Dedup, memory: int, fast: bool) ->
     yield alive
 
     tasks = dedup.bands * parts
-    at = folder(work, "join", alive.folder.name, signing(dedup), dedup.largest_bucket, memory)
+    at = folder(work, "join", alive.folder.name, signing(dedup), dedup.largest_bucket, by_id, memory)
     join = Candidates("join", at, tasks, corpus, alive.folder, dedup, memory)
     yield join
     parts = ranges(_pairs(join), 2 * RECORD, memory)

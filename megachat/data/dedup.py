@@ -46,9 +46,8 @@ class Dedup(Config):
     """Two documents are copies if this share of their hash values, which estimates Jaccard's, is equal; 0:
     all who share a band, and all who are connected through others, which destroys data in a large corpus."""
     keep: Literal["first", "id", "longest", "best"]
-    """Which of several copies stays: the first of the corpus; the one with the smallest id, whatever the
-    order (where over ten share a band, though, the order says who is compared with whom); or, of near copies,
-    the longest, or the one that scores highest."""
+    """Which of several copies stays: the first of the corpus; the one with the smallest id, which does not
+    depend on the order; or, of near copies, the longest, or the one that scores highest."""
     score: str
     """The column that says what scores highest, with keep=best: a filter and what it measures, as in
     words.stop_words."""

@@ -87,6 +87,8 @@ class Join:
     """Documents that may share a band's key."""
     hot: list[Hot] = field(default_factory=list)
     """The keys with more."""
+    intrinsic: Callable[[Numbers], NDArray[np.uint64]] | None = None
+    """What the documents of a bucket are ordered by, if not by their places in the corpus."""
 
     @property
     def room(self) -> int:
@@ -99,7 +101,7 @@ class Join:
         """Pairs (smaller, larger), each once, that connect all documents with a key of [low, high) in common.
 
         Of those that share a key each is paired with the first and with some before it, for all pairs would
-        be quadratically many.
+        be quadratically many. In a small bucket these are all, so that only in others the order matters.
         """
         runs = [Run(shard, open, ("bands", "band_rows"), band) for shard, open in enumerate(indices)]
         step = max(self.room // (2 * BEFORE + 2), 1)
@@ -109,6 +111,8 @@ class Join:
             self.hot += [
                 Hot(int(sizes[start]), int(numbers[start])) for start in np.flatnonzero(sizes > self.most)
             ]
+            if self.intrinsic is not None:
+                numbers = self._reordered(numbers, first, sizes)
             later = np.flatnonzero((first != np.arange(len(keys))) & (sizes[first] <= self.most))
             for start in range(0, len(later), step):
                 some = later[start : start + step]
@@ -117,7 +121,19 @@ class Join:
                     there = some - back > first[some]
                     left.append(some[there] - back)
                     right.append(some[there])
-                yield numbers[np.concatenate(left)], numbers[np.concatenate(right)]
+                one, other = numbers[np.concatenate(left)], numbers[np.concatenate(right)]
+                yield np.minimum(one, other), np.maximum(one, other)
+
+    def _reordered(self, numbers: Numbers, first: NDArray[np.int64], sizes: NDArray[np.int64]) -> Numbers:
+        """The same buckets, in each of which all are not paired in an order of its own."""
+        assert self.intrinsic is not None
+        large = np.flatnonzero((sizes[first] > BEFORE + 2) & (sizes[first] <= self.most))
+        some = max(self.room // 4, 1)
+        keys = [self.intrinsic(numbers[large[start : start + some]]) for start in range(0, len(large), some)]
+        out = numbers.copy()
+        if keys:
+            out[large] = numbers[large][np.lexsort((np.concatenate(keys), first[large]))]
+        return out
 
     def exact_copies(self, indices: Sequence[Open], low: int, high: int) -> Iterator[tuple[Numbers, Numbers]]:
         """Documents whose digest with a key of [low, high) is that of an earlier one; and the first such."""
