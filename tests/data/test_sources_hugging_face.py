@@ -72,7 +72,7 @@ def test_a_missing_column_and_a_missing_data_set_are_named(folder: Path) -> None
 def test_a_row_without_text_is_named_and_set_aside(tmp_path: Path) -> None:
     rows: list[dict[str, str | None]] = [{"text": "one"}, {"text": None}, {"text": "three"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"shard-00000-of-00001:2: None is no text"):
+    with pytest.raises(ValueError, match=r"shard-00000-of-00001:2: null is no text"):
         list(source(tmp_path).documents())
     quarantine = source(tmp_path, on_error="quarantine")
     found = list(quarantine.read(quarantine.parts()[0]))
