@@ -63,6 +63,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Deletes what was half written in a folder by processes that were killed."""
+    for left in folder.glob("*.tmp"):
+        remove(left)
+
+
 def fsync(path: Path) -> None:
     """Forces a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

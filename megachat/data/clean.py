@@ -253,7 +253,7 @@ class Clean(Stage):
         examples = removed_examples(made.write.records, made.corpus)
         rows = funnel.rows(examples)
         summary = kept(made.write.records)
-        read = made.collect.records
+        read, signed = made.collect.records, signing(self.dedup)
         aside = quarantine(read)
         unread = ""
         if count := aside["count"]:
@@ -286,14 +286,12 @@ class Clean(Stage):
             "pairs": {"compared": made.found.compared, "alike": made.found.alike},
             "contamination": largest([hit for record in read for hit in record["hits"]], HITS),
             "contaminated": sum((Counter(record["benchmarks"]) for record in read), Counter()),
-            "signing": signing(self.dedup),
+            "signing": signed,
         }
         write_json(self.folder / "report.json", report)
         own = made.corpus.own
         folders = {"texts": own.texts.name, "indices": own.indices.name, "marks": made.write.folder.name}
-        write_json(
-            self.folder / "index.json", {"signing": signing(self.dedup), "sizes": own.sizes, **folders}
-        )
+        write_json(self.folder / "index.json", {"signing": signed, "sizes": own.sizes, **folders})
         say(table(rows))
 
     def _rules(self) -> dict[str, str]:

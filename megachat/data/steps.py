@@ -16,7 +16,7 @@ from typing import Any
 
 from megachat import __version__
 from megachat.data.executor import Executor
-from megachat.files import remove, write_json
+from megachat.files import sweep, write_json
 from megachat.log import progress, say
 
 Record = dict[str, Any]
@@ -70,5 +70,4 @@ def carry_out(step: Step, executor: Executor, share: tuple[int, int] = (0, 1)) -
     if (seconds := time.monotonic() - started) > 1:
         say(f"{step.name}: {len(tasks):,} tasks in {seconds:,.1f} s")
     if not step.missing():
-        for left in step.folder.glob("*.tmp"):  # by tasks that were killed
-            remove(left)
+        sweep(step.folder)

@@ -30,7 +30,7 @@ from megachat.data.document import SHARDS, Document, read_shard
 from megachat.data.executor import Executor
 from megachat.data.shards import Shard, ShardWriter
 from megachat.data.steps import Record, Step, carry_out, folder
-from megachat.files import replacing, sha256, write_json
+from megachat.files import replacing, sha256, sweep, write_json
 from megachat.log import say, track
 from megachat.run import Stage, finished
 from megachat.tokenizer.encoders import Checked, Encoder, Ids, Mistake, Name, SentencePiece, encoder
@@ -89,8 +89,7 @@ class Encode(Stage):
         finally:
             self.executor.close()
         self._check(step.records)
-        for left in self.folder.glob("*.tmp"):  # by one that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        sweep(self.folder)
         manifest = merge(step, self.folder, tokenizer)
         write_json(self.folder / "manifest.json", manifest)
         write_json(self.folder / "notes.json", notes(step.records))

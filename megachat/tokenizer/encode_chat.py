@@ -15,7 +15,7 @@ from pydantic import Field
 
 from megachat.data.conversations import Conversations, opening, share
 from megachat.data.shards import Shard, ShardWriter
-from megachat.files import sha256, write_json
+from megachat.files import sha256, sweep, write_json
 from megachat.log import say, track
 from megachat.run import Stage
 from megachat.tokenizer.chat_format import render
@@ -42,8 +42,7 @@ class EncodeChat(Stage):
         """Writes `train.bin`, `.idx`, `.mask.bin`, the same for validation, and `manifest.json`."""
         tokenizer = Tokenizer.load(self.input("tokenizer"))
         entries = {}
-        for left in self.folder.glob("*.tmp"):  # by one that was killed
-            left.unlink()
+        sweep(self.folder)
         with ExitStack() as stack:
             writers = {split: ShardWriter(self.folder / split, tokenizer.vocab, True) for split in SPLITS}
             for writer in writers.values():

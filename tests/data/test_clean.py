@@ -428,7 +428,7 @@ def test_a_document_of_ten_million_tokens_is_cleaned_and_encoded_with_the_others
     assert sum(manifest[split]["documents"] for split in SPLITS) == len(lengths) == 41
 
 
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="there is no folder that nobody may write to")
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="Linux alone has a folder closed even to root")
 def test_a_folder_that_nobody_may_write_to_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = jsonl(run.parent / "corpus" / "0.jsonl", [prose(n) for n in range(3)])
     with pytest.raises(SystemExit):
