@@ -187,7 +187,7 @@ def split(text: str) -> tuple[str, ...]:
 def often(numbers: NDArray[np.uint64]) -> list[int]:
     """Where there may be a 4-gram that occurs three times: all such places, in order, and hardly another."""
     first, second, third, fourth = (numbers[place : len(numbers) - 3 + place] for place in range(4))
-    # Counting tuples takes five times as long as sorting their sums, and most texts have nothing to count.
+    # Counting tuples takes five times as long as sorting their sums, which leaves few of them to be counted.
     sums = first * _FACTORS[0] + second * _FACTORS[1] + third * _FACTORS[2] + fourth
     ordered = np.sort(sums)
     thrice = ordered[2:][ordered[2:] == ordered[:-2]]
