@@ -42,6 +42,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(why)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which faults were injected, and what they cost."""
+    from tests import fault_table
+
+    if table := fault_table.lines():
+        terminalreporter.write_sep("=", "faults")
+        for line in table:
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     marked = request.node.get_closest_marker("gpu") or request.node.get_closest_marker("multigpu")
