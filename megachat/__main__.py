@@ -65,7 +65,7 @@ def _run(stage: str, overrides: Sequence[str]) -> None:
 
 def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
     """Decodes the whole config before anything runs, then runs it here, or in one process per visible GPU."""
-    from megachat.run import Stage, perform
+    from megachat.run import Stage, perform, refuse
 
     stage = Stage.of(tree)
     try:
@@ -84,6 +84,8 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
         print(f"megachat {command[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError):
+            refuse(stage, str(error))
         if os.environ.get("MEGACHAT_TRACEBACK"):
             raise
         if isinstance(error, OSError) and error.strerror:

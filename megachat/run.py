@@ -22,7 +22,10 @@ from megachat.config import Config, decode, redact
 from megachat.files import replacing, sha256, write_json
 from megachat.log import Log, say
 
-APART = ("done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json", "notes.json")
+APART = (
+    "done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json", "notes.json",
+    "restarts.json", "refused.json", "heartbeat.json",
+)  # fmt: skip
 """Files that tell how a stage went and are no output: later stages do not depend on them."""
 
 
@@ -171,6 +174,15 @@ def put_back(stage: Stage) -> None:
         shutil.rmtree(stage.folder, ignore_errors=True)
         aside.rename(stage.folder)
         say(f"{stage.name}: nothing has been made in its place, so {aside} is {stage.folder} again")
+
+
+def refuse(stage: Stage, error: str) -> None:
+    """Tells who watches over the ranks of a job that the mistake is the user's: no restart helps."""
+    step = os.environ
+    if stage.trains and "SLURM_STEP_ID" in step:
+        said = {"error": error, "job": step["SLURM_JOB_ID"], "restart": step.get("SLURM_RESTART_COUNT", "0")}
+        with suppress(OSError):
+            write_json(stage.folder / "refused.json", said)
 
 
 def record_config(stage: Stage) -> None:

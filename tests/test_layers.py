@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megachat"
 CHAIN = [
-    "stages files", "config", "log run",
+    "stages files", "config slurm", "log run",
     "data", "tokenizer", "model", "parallel", "evals", "train", "align", "serve", "pipeline",
 ]  # fmt: skip
 """`log` and `run` are one link: they may import each other."""
@@ -16,7 +16,7 @@ ANYTHING = ["__init__", "__main__"]
 AT_HOME = {"deepspeed": "parallel/engine.py", "wandb": "log.py"}
 """A library that would seep everywhere is imported in one file."""
 
-WITHOUT = {"torch": ["stages", "files", "config", "log", "run", "data", "tokenizer"]}
+WITHOUT = {"torch": ["stages", "files", "slurm", "config", "log", "run", "data", "tokenizer"]}
 """Cleaning text with a hundred processes must not load torch a hundred times."""
 
 

@@ -1,0 +1,354 @@
+"""`python -m megachat.slurm.supervise STAGE [key=value ...]`: what a job's batch script becomes.
+
+It starts the ranks by srun, passes on the request to stop, watches their heartbeat, and when they have ended
+decides between done, once more, and giving up (`ending.py`). It imports nothing heavy: a job of a thousand
+nodes has one, and it has to answer signals from its first second on.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megachat.slurm import meet
+from megachat.slurm.ending import MISTAKE, UNFIT, Done, Facts, GiveUp, Requeue, ending
+from megachat.slurm.heartbeat import Limits, Watch
+from megachat.slurm.history import History, newest_step
+
+LAST_LINES = 40
+"""What is kept of the ranks' words when they fail."""
+
+
+class Job:
+    """This job, and what Slurm can be asked and told about it."""
+
+    def __init__(self) -> None:
+        self.number = os.environ["SLURM_JOB_ID"]
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.nodes = self.expand(os.environ["SLURM_JOB_NODELIST"])
+
+    def expand(self, names: str) -> list[str]:
+        """Slurm's short form of several nodes in full. Example: node[1-2] -> [node1, node2]"""
+        return command("scontrol", "show", "hostnames", names)[1].split() or [names]
+
+    def about(self) -> dict[str, str]:
+        """What Slurm knows of it, as `scontrol show job` has it."""
+        status, text = patiently("scontrol", "show", "job", "--oneliner", self.number)
+        pairs = (word.partition("=") for word in text.split())
+        return {} if status else {name: value for name, _, value in pairs}
+
+    def running(self) -> bool:
+        """Whether it still runs to Slurm, and is not being ended."""
+        return self.about().get("JobState") == "RUNNING"
+
+    def signal_ranks(self, name: str) -> bool:
+        """Sends a signal to every rank; False while there is none. Step 0 is the first that srun starts."""
+        return command("scancel", f"--signal={name}", f"{self.number}.0")[0] == 0
+
+    def requeue(self) -> str:
+        """Back into the queue; why Slurm refuses, if it does."""
+        status, text = patiently("scontrol", "requeue", self.number)
+        if status == -signal.SIGTERM and not self.running():
+            return ""  # Slurm ends all processes of the job, this scontrol among them
+        return text.strip() if status else ""
+
+    def avoid(self, nodes: Sequence[str]) -> str:
+        """Has Slurm start it on other nodes, if enough are left, and says so. Only for a job that waits."""
+        about = self.about()
+        excluded = about.get("ExcNodeList", "(null)")
+        avoided = {*nodes} | ({*self.expand(excluded)} if excluded != "(null)" else set())
+        needed = int(about.get("NumNodes", "1").partition("-")[0])
+        usable = command(
+            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,mix,alloc,comp", "-p", about.get("Partition", "")
+        )
+        left = {*usable[1].split()} - avoided
+        if len(left) < needed:
+            return (
+                f"keeps {', '.join(nodes)}: only {len(left)} other nodes are up, and the job needs {needed}"
+            )
+        for _ in range(2):  # Slurm ends the job's processes just now, and with them may end scontrol
+            status, text = command(
+                "scontrol", "update", f"JobId={self.number}", f"ExcNodeList={','.join(sorted(avoided))}"
+            )
+            if status != -signal.SIGTERM:
+                break
+        return (
+            f"cannot leave out {', '.join(nodes)}: {text.strip()}"
+            if status
+            else (f"leaves out {', '.join(sorted(avoided))} from now on")
+        )
+
+
+class Ranks:
+    """srun, and the words of the ranks that pass through here."""
+
+    FAILED = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.lines: deque[str] = deque(maxlen=LAST_LINES)
+        self.failures: list[tuple[str, str, str]] = []
+        """Nodes, ranks, and how they ended, in the order in which srun tells of them."""
+        self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.reader = threading.Thread(target=self._pass_on, daemon=True)
+        self.reader.start()
+
+    def _pass_on(self) -> None:
+        assert self.process.stderr is not None
+        for raw in self.process.stderr:
+            sys.stderr.buffer.write(raw)
+            sys.stderr.buffer.flush()
+            line = raw.decode(errors="replace").rstrip()
+            self.lines.append(line)
+            if found := self.FAILED.match(line):
+                self.failures.append((found[1], found[2], found[3]))
+
+    def culprit(self) -> str:
+        """The first rank that ended badly: the others were ended because of it."""
+        if not self.failures:
+            return ""
+        nodes, ranks, how = self.failures[0]
+        return f"rank {ranks} on {nodes}: {how[0].lower()}{how[1:]}"
+
+    def ended_with(self, code: int) -> list[str]:
+        """Nodes on which a rank ended with an exit status, in Slurm's short form."""
+        return [nodes for nodes, _, how in self.failures if re.search(rf"exit code {code}$", how)]
+
+    def end(self, job: Job) -> int:
+        """Kills the ranks, however they do, and srun, too, if a node no longer answers it."""
+        job.signal_ranks("KILL")
+        for wait in (20.0, 5.0):
+            try:
+                return self.process.wait(wait)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.process.wait()
+
+
+def main() -> None:
+    """The command line."""
+    asked: list[str] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
+    stage, *overrides = sys.argv[1:]
+    job = Job()
+    folder = stage_folder(stage, overrides)
+    path = folder / "restarts.json"
+    history = History.read(path, job.number)
+    before = finished(folder)
+    (folder / "refused.json").unlink(missing_ok=True)
+    history.begin(job.restart, job.nodes, newest_step(folder))
+    keep(history, path)
+
+    os.environ |= {
+        "MASTER_ADDR": meet.address(job.nodes),
+        "MASTER_PORT": str(meet.port(int(job.number), job.restart)),
+        "SLURM_RESTART_COUNT": str(job.restart),
+    }
+    say(job, f"{stage} in {folder} on {', '.join(job.nodes)}, {step_in_words(newest_step(folder))}")
+    ranks = Ranks(srun(stage, overrides))
+    hung = watch_over(job, ranks, folder, asked, lambda: keep(stopping(history, asked), path))
+    code = ranks.process.wait()
+    ranks.reader.join(5)
+
+    now = finished(folder)
+    unfit = [node for names in ranks.ended_with(UNFIT) for node in job.expand(names)]
+    step = newest_step(folder)
+    facts = Facts(
+        code=MISTAKE if ranks.ended_with(MISTAKE) else code,
+        done=bool(now) and (code == 0 or now != before),
+        refused=refused(folder, job),
+        taken=taken_by(folder, job),
+        running=job.running(),
+        asked=asked[0] if asked else "",
+        hung=hung,
+        culprit=ranks.culprit(),
+        unfit=tuple(unfit),
+        fruitless=history.fruitless(step),
+        limit=int(os.environ.get("MEGACHAT_RESTARTS", "3")),
+    )
+    what = ending(facts)
+    last = history.attempts[-1]
+    last.unfit, last.last_lines = unfit, [] if isinstance(what, Done) else list(ranks.lines)
+    history.end("done" if isinstance(what, Done) else what.reason, isinstance(what, Requeue) and what.failed)
+    keep(history, path)
+    if isinstance(what, Done):
+        say(job, f"{stage} is finished")
+        sys.exit(0)
+    if isinstance(what, GiveUp):
+        say(job, f"{stage} ends here, {step_in_words(step)}: {what.reason}")
+        sys.exit(code if 0 < code < 128 else 1)
+    requeue(job, stage, what, unfit, step)
+
+
+def requeue(job: Job, stage: str, what: Requeue, unfit: Sequence[str], step: int) -> NoReturn:
+    """Back into the queue, and waits to be ended for it."""
+    say(job, f"{stage} is requeued, {step_in_words(step)}: {what.reason}")
+    if why := job.requeue():
+        say(
+            job,
+            f"Slurm does not requeue it ({why}); submit the same line again, and it goes on from there. "
+            "A job can be requeued when it was submitted with --requeue, as the scripts in slurm/ say",
+        )
+        sys.exit(1)
+    if unfit:
+        say(job, f"{stage} {job.avoid(unfit)}")
+    sys.exit(0)
+
+
+def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_request: Callable[[], None]) -> str:
+    """Until the ranks have ended. Where they stood still, if they had to be killed for that."""
+    setting = {name: float(os.environ.get(f"MEGACHAT_{name}_SECONDS", default)) for name, default in SECONDS}
+    watch = Watch(folder / "heartbeat.json", Limits(setting["START"], setting["HANG"]))
+    told = False
+    until = float("inf")
+    while True:
+        try:
+            ranks.process.wait(0.5)
+            return ""
+        except subprocess.TimeoutExpired:
+            pass
+        if asked and until == float("inf"):
+            until = time.monotonic() + setting["STOP"]
+            say(job, f"{asked[0]}: the ranks save and stop")
+            on_request()
+        if asked and not told:
+            told = job.signal_ranks("USR1")
+        hung = watch.hung()
+        if not hung and time.monotonic() > until:
+            hung = f"asked to stop by {asked[0]}, and not stopped in {setting['STOP']:g} s"
+        if hung:
+            say(job, f"{hung}: its ranks are killed")
+            ranks.end(job)
+            return hung
+
+
+SECONDS = (("START", "3600"), ("HANG", "900"), ("STOP", "240"))
+
+
+def stopping(history: History, asked: Sequence[str]) -> History:
+    """Known before the ranks have ended: Slurm may not leave the time to say more."""
+    history.end(f"asked to stop by {asked[0]}", failed=False)
+    return history
+
+
+def srun(stage: str, overrides: Sequence[str]) -> list[str]:
+    """The command that starts one rank for each task of the job."""
+    return [
+        "srun",
+        # The job's own number of nodes, for a range of them (-N 1-2) the one it has got.
+        f"--nodes={os.environ['SLURM_JOB_NUM_NODES']}",
+        # Since Slurm 22.05 srun does not inherit it from sbatch.
+        f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}",
+        # One dead rank ends the others, which would wait for it in an all-reduce.
+        "--kill-on-bad-exit=1",
+        # One that has ended well does not: rank 0 may still have figures to upload.
+        "--wait=0",
+        *(sys.executable, "-m", "megachat", stage, *overrides),
+    ]
+
+
+def stage_folder(stage: str, overrides: Sequence[str]) -> Path:
+    """Where the stage writes: by `run=...`, or by the settings, which are composed in a process apart."""
+    named = [text.removeprefix("run=") for text in overrides if text.startswith("run=")]
+    if named and re.fullmatch(r"[\w./-]+", named[-1]):
+        return Path(named[-1]) / stage
+    done = subprocess.run(
+        [sys.executable, "-c", COMPOSE, stage, *overrides], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return Path(done.stdout.splitlines()[-1]) / stage
+
+
+COMPOSE = """
+import sys
+from megachat.config import ConfigError, compose
+try:
+    print(compose(sys.argv[1], sys.argv[2:])["run"])
+except ConfigError as mistakes:
+    print(mistakes, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def finished(folder: Path) -> tuple[int, int] | None:
+    """Which `done.json` a stage has."""
+    try:
+        facts = (folder / "done.json").stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_ino
+
+
+def refused(folder: Path, job: Job) -> str:
+    """What a rank of this attempt said before it ended with a mistake of the user's."""
+    path = folder / "refused.json"
+    ours = (said(path, "job"), said(path, "restart")) == (job.number, str(job.restart))
+    return said(path, "error") if ours else ""
+
+
+def taken_by(folder: Path, job: Job) -> str:
+    """The other job whose ranks have claimed the run after this one's."""
+    owner = said(folder / "attempt.json", "job")
+    return owner if owner != job.number else ""
+
+
+def said(path: Path, what: str) -> str:
+    """One entry of a JSON file, as text; empty if there is none."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))[what])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def step_in_words(step: int) -> str:
+    """Where it stands."""
+    return "without a checkpoint" if step < 0 else f"with a checkpoint of step {step}"
+
+
+def keep(history: History, path: Path) -> None:
+    """Writes it down; a full disk is no reason to stop."""
+    try:
+        history.write(path)
+    except OSError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+
+
+def say(job: Job, text: str) -> None:
+    """One line in the job's log."""
+    restart = f" (restart {job.restart})" if job.restart else ""
+    print(f"{time.strftime('%H:%M:%S')} job {job.number}{restart}: {text}", file=sys.stderr, flush=True)
+
+
+def command(*words: str) -> tuple[int, str]:
+    """The exit status of a command, and what it says."""
+    try:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 1, f"{words[0]} timed out"
+    return done.returncode, done.stdout
+
+
+def patiently(*words: str) -> tuple[int, str]:
+    """The same, again and again as long as Slurm's controller does not answer."""
+    result: Any = None
+    for _ in range(30):
+        result = command(*words)
+        if not (result[0] and re.search("[Uu]nable to contact|timed out", result[1])):
+            break
+        time.sleep(10)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+#!/bin/bash
+# Supervised finetuning, with the overrides it takes anywhere else:
+#   sbatch --nodes=2 slurm/sft.sh run=runs/main
+#SBATCH --job-name=megachat-sft
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8             # one task per GPU: with fewer, the other GPUs idle without a word
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300             # five minutes' notice: enough to take the last step, save, and requeue
+#SBATCH --requeue                       # lets it go back into the queue: by Slurm, or by the supervisor in launch.sh
+#SBATCH --open-mode=append              # a requeued job goes on in the same log file instead of erasing it
+#SBATCH --output=slurm-%j.log
+cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"    # which runs a copy of it: $0 points into Slurm's spool
+exec bash slurm/launch.sh "${STAGE:-sft}" "$@"
