@@ -6,10 +6,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""What a disk or a network file system says when it is in trouble, whatever the file holds."""
 
 
 def sha256(path: Path) -> str:
@@ -42,6 +48,21 @@ def replacing(path: Path) -> Iterator[Path]:
         fsync(path.parent)
     finally:
         remove(temporary)
+
+
+def patiently(read: Callable[[], T], waits: Sequence[float] = (0.2, 1.0, 5.0)) -> T:
+    """What `read` returns, asked again when the disk or the network behind it did not answer.
+
+    A file that is not there, or has the wrong content, is an answer.
+    """
+    for wait in waits:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in NO_ANSWER:
+                raise
+        time.sleep(wait)
+    return read()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from megachat.log import Log, say
 
 APART = (
     "done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json", "notes.json",
-    "restarts.json", "refused.json", "heartbeat.json",
+    "restarts.json", "refused.json", "heartbeat.json", "attempt.json", "saved.json",
 )  # fmt: skip
 """Files that tell how a stage went and are no output: later stages do not depend on them."""
 

@@ -1,36 +1,40 @@
 """A checkpoint is logical tensors: one full tensor per parameter and per optimizer moment, in safetensors.
 
 No layout is in it, so a run saved on any number of ranks at any ZeRO stage and tensor degree loads at any
-other. It appears whole or not at all: every rank writes and fsyncs its files in `step-N.tmp`, rank 0 adds a
-manifest of sizes and sha256 sums, the folder is renamed, and only then does `latest.json` name it to whoever
-asks from outside. Nothing is ever unpickled.
+other. `step-N/manifest.json` has the size and sum of every file of tensors, and one over itself; what differs
+is damaged, and is set aside in `damaged/`. Nothing is ever unpickled. `saving.py` writes them.
 """
 
+import errno
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megachat import __version__
 from megachat.config import decode
-from megachat.files import fsync, sha256, write_json
+from megachat.files import patiently, sha256, write_json
 from megachat.log import say
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
-from megachat.parallel.engine import Engine
+from megachat.parallel.engine import Read
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.tokenizer import Tokenizer
 
-FILE_BYTES = 2**30
-"""A writer flushes a file whenever it holds this much, which bounds host memory."""
+FORMAT = 2
+"""Of the manifest. The first one listed the tensors of a file without their shapes, and had no sum."""
+MANIFEST = "manifest.json"
+SAVED = "saved.json"
+"""In the stage's folder, beside `checkpoints/`: that something was saved, should all of it disappear."""
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
@@ -57,112 +61,45 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     return Scalar(body) if description["head"] == "scalar" else body
 
 
-def save(
-    folder: Path,
-    engines: Mapping[str, Engine],
-    progress: Mapping[str, Any],
-    about: Mapping[str, Any],
-    mesh: Mesh,
-    keep: int,
-) -> bool:
-    """Writes `folder/step-N` with all engines' weights and moments; every rank calls it.
-
-    Returns whether it worked. `about` is recorded in the manifest (`architecture`, `tokenizer`,
-    `fingerprint`). Only the newest `keep` stay. A failure (a full disk, say) is reported, leaves nothing
-    behind, and leaves older checkpoints alone.
-    """
-    name = f"step-{progress['step']:08d}"
-    temporary = folder / f"{name}.tmp"
-    writer = _Writer(temporary, mesh)
-    if mesh.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            writer.problem = str(error)
-    mesh.barrier()
-    for role, engine in engines.items():
-        for tensor_name, tensor in engine.logical():
-            writer.add(f"{role}/{tensor_name}", tensor)
-    writer.flush()
-    parts = mesh.gather(writer.files)
-    failures = [problem for problem in mesh.gather(writer.problem) if problem]
-    if mesh.rank == 0 and not failures:
-        try:
-            files = {file: facts for part in parts for file, facts in part.items()}
-            write_json(
-                temporary / "manifest.json",
-                {"megachat": __version__, **about, "progress": dict(progress), "files": files},
-            )
-            if (folder / name).exists():
-                shutil.rmtree(folder / name)
-            os.replace(temporary, folder / name)
-            fsync(folder)
-            write_json(folder / "latest.json", {"checkpoint": name})
-        except OSError as error:
-            failures.append(str(error))
-    failed = mesh.any(bool(failures))
-    if mesh.rank == 0:
-        if failed:
-            shutil.rmtree(temporary, ignore_errors=True)
-            say(
-                f"ALARM: the checkpoint of step {progress['step']} could not be written: {failures[0]}; "
-                f"free some space in {folder}"
-            )
-        else:
-            for old in steps(folder)[:-keep]:
-                try:
-                    shutil.rmtree(old)
-                except OSError as error:
-                    say(f"the old checkpoint {old} could not be deleted: {error}")
-    mesh.barrier()
-    return not failed
-
-
-class _Writer:
-    """Deals tensors over the ranks by size and writes this rank's share.
-
-    It remembers the first problem instead of raising.
-    """
-
-    def __init__(self, folder: Path, mesh: Mesh) -> None:
-        self.folder, self.mesh = folder, mesh
-        self.load = [0] * mesh.world
-        self.held: dict[str, Tensor] = {}
-        self.files: dict[str, dict[str, Any]] = {}
-        self.problem = ""
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes the tensor if it is this rank's turn."""
-        owner = self.load.index(min(self.load))
-        self.load[owner] += tensor.nbytes
-        if owner == self.mesh.rank:
-            self.held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-            if sum(held.nbytes for held in self.held.values()) >= FILE_BYTES:
-                self.flush()
-
-    def flush(self) -> None:
-        """Writes and fsyncs what is held."""
-        if not self.held or self.problem:
-            self.held = {}
-            return
-        path = self.folder / f"tensors-{self.mesh.rank:05d}-{len(self.files):05d}.safetensors"
-        try:
-            save_file(self.held, path)
-            fsync(path)
-            self.files[path.name] = {
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-                "tensors": sorted(self.held),
-            }
-        except (OSError, SafetensorError) as error:
-            self.problem = f"{path.name}: {error}"
-        self.held = {}
-
-
 def steps(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and path.is_dir())
+    named = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=lambda path: int(path.name[5:]))
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes `manifest.json`, with a sum over what it says. `facts["files"]` is from `write_tensors`."""
+    manifest = {"format": FORMAT, "megachat": __version__, **facts}
+    write_json(folder / MANIFEST, manifest | {"sha256": _sum(manifest)})
+
+
+def _sum(manifest: Mapping[str, Any]) -> str:
+    apart = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(apart, sort_keys=True).encode()).hexdigest()
+
+
+def _mistake(manifest: Any, path: Path) -> str:
+    """What is wrong with a manifest, or nothing. The first format had no sum, and no shapes."""
+    match manifest:
+        case {"files": dict(files), "progress": {"step": int(step)}, "architecture": dict()} if files:
+            pass
+        case _:
+            return "it lacks files, progress, or architecture"
+    if manifest.get("format", 1) not in (1, FORMAT):
+        return f"it has format {manifest['format']!r}, and this version reads up to {FORMAT}; update megachat"
+    if manifest.get("format", 1) == FORMAT and manifest.get("sha256") != _sum(manifest):
+        return "it has been changed since it was written: its own sha256 differs"
+    if path.name.startswith("step-") and path.name != f"step-{step:08d}":
+        return f"it is of step {step}"
+    for name, facts in files.items():
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            return f"{name!r} is not the name of a file of tensors in that folder"
+        match facts:
+            case {"bytes": int(), "sha256": str(), "tensors": list() | dict()}:
+                pass
+            case _:
+                return f"of {name} it lacks bytes, sha256, or tensors"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -174,40 +111,72 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> "Checkpoint":
-        """Reads the manifest and compares every file's size with it."""
+        """Reads the manifest and compares every file's size with it.
+
+        A ValueError names what is damaged; an OSError comes from a disk that does not answer.
+        """
         try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            text = patiently((path / MANIFEST).read_bytes)
+            manifest = json.loads(text.decode("utf-8"))
+            if mistake := _mistake(manifest, path):
+                raise ValueError(f"{path / MANIFEST} is damaged: {mistake}")
             for name, facts in manifest["files"].items():
-                size = (path / name).stat().st_size
+                size = patiently((path / name).stat).st_size
                 if size != facts["bytes"]:
                     raise ValueError(
                         f"{path / name} has {size:,} bytes, its manifest says {facts['bytes']:,}"
                     )
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (FileNotFoundError, NotADirectoryError, RecursionError) as error:
             raise ValueError(f"{path} is not a complete checkpoint: {error}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path / MANIFEST} is damaged: it is not JSON: {error}") from None
         return Checkpoint(path, manifest)
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Compares the sha256 of the files (of this share of them) with the manifest."""
         for name in sorted(self.manifest["files"])[share::shares]:
-            if sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
+            found = patiently(partial(sha256, self.path / name))
+            if found != self.manifest["files"][name]["sha256"]:
                 raise ValueError(f"{self.path / name} is damaged: its sha256 differs from the manifest's")
 
-    def reader(self, role: str) -> Callable[[str], Tensor]:
-        """A function from a tensor's name (`weight.embed.weight`) to the tensor."""
-        where = {
-            tensor: name for name, facts in self.manifest["files"].items() for tensor in facts["tensors"]
-        }
+    def reader(self, role: str) -> Read:
+        """A function from a tensor's name (`weight.embed.weight`) to the tensor, or to a part of it."""
+        where = self._where()
 
-        def read(name: str) -> Tensor:
-            if f"{role}/{name}" not in where:
-                raise ValueError(
-                    f"{self.path} holds no tensor {role}/{name}: it was written by another architecture"
-                )
-            with safe_open(self.path / where[f"{role}/{name}"], "pt") as file:
-                return file.get_tensor(f"{role}/{name}")
+        def read(name: str, *index: slice) -> Tensor:
+            with self._tensors(where, f"{role}/{name}") as file:
+                if not index:
+                    return file.get_tensor(f"{role}/{name}")
+                return file.get_slice(f"{role}/{name}")[index]
 
         return read
+
+    def check_shapes(self, role: str, expected: Mapping[str, torch.Size]) -> None:
+        """Refuses to go on with a model that has other tensors."""
+        where = self._where()
+        for name, shape in expected.items():
+            with self._tensors(where, f"{role}/{name}") as file:
+                found = file.get_slice(f"{role}/{name}").get_shape()
+            if tuple(found) != tuple(shape):
+                raise ValueError(
+                    f"{self.path} has {role}/{name} in shape {tuple(found)}, and this model in "
+                    f"{tuple(shape)}: it was written by another architecture"
+                )
+
+    def _where(self) -> dict[str, str]:
+        return {tensor: name for name, facts in self.manifest["files"].items() for tensor in facts["tensors"]}
+
+    @contextmanager
+    def _tensors(self, where: Mapping[str, str], name: str) -> Iterator[Any]:
+        """The open file that holds a tensor."""
+        if name not in where:
+            raise ValueError(f"{self.path} holds no tensor {name}: it was written by another architecture")
+        path = self.path / where[name]
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuses a tokenizer other than the one the model was trained with."""
@@ -221,27 +190,64 @@ class Checkpoint:
 
 
 def newest(folder: Path, mesh: Mesh) -> Checkpoint | None:
-    """The newest checkpoint that every rank finds whole, or None if there is none.
+    """The newest checkpoint that is whole, the same on every rank; None if none was ever written.
 
-    Damaged ones are named and passed over.
+    Rank 0 says what there is (network file systems do not show all nodes the same at once), all ranks verify.
+    Damaged ones are named and moved to `damaged/`.
     """
-    candidates = steps(folder)
-    for path in reversed(candidates):
-        problem, checkpoint = "", None
-        try:
-            checkpoint = Checkpoint.open(path)
-            checkpoint.verify(mesh.rank, mesh.world)
-        except ValueError as error:
-            problem = str(error)
-        problems = [text for text in mesh.gather(problem) if text]
-        if not problems:
+    for name in reversed(mesh.first([path.name for path in steps(folder)])):
+        checkpoint, problem = _verified(folder / name, mesh)
+        if checkpoint:
             return checkpoint
-        say(f"passing over a damaged checkpoint: {problems[0]}")
-    if candidates:
+        aside = folder / "damaged" / name
+        if mesh.rank == 0:
+            while aside.exists():  # written again since, and damaged again
+                aside = aside.with_name(f"{aside.name}-again")
+            aside.parent.mkdir(exist_ok=True)
+            (folder / name).rename(aside)
+        say(f"ALARM: a damaged checkpoint is passed over, and now in {aside.parent}: {problem}")
+    if told := mesh.first(_evidence(folder)):
         raise ValueError(
-            f"all {len(candidates)} checkpoints in {folder} are damaged; delete that folder to start over"
+            f"{told}, but {folder} holds no checkpoint that is whole; put one back, "
+            f"or delete {folder.parent} to start over"
         )
     return None
+
+
+def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or what is damaged in it. Raises on every rank when one of them cannot read."""
+    checkpoint, damaged, silent = None, "", ""
+    try:
+        if mesh.rank == 0:
+            checkpoint = Checkpoint.open(path)
+    except ValueError as error:
+        damaged = str(error)
+    except OSError as error:
+        silent = str(error)
+    checkpoint, damaged, silent = mesh.first((checkpoint, damaged, silent))
+    try:
+        if checkpoint:
+            checkpoint.verify(mesh.rank, mesh.world)
+    except ValueError as error:
+        damaged = str(error)
+    except OSError as error:  # a file that rank 0 sees and this rank does not is no damage, either
+        silent = f"rank {mesh.rank}: {error}"
+    found = mesh.gather((damaged, silent))
+    if silent := next((text for _, text in found if text), ""):
+        raise OSError(errno.EIO, f"cannot be read ({silent}); nothing was changed", str(path))
+    damaged = next((text for text, _ in found if text), "")
+    return (None if damaged else checkpoint), damaged
+
+
+def _evidence(folder: Path) -> str:
+    """What says that there must be a checkpoint: one is missing that was written, or all are damaged."""
+    damaged = len(list(folder.glob("damaged/*")))
+    if damaged:
+        return f"all checkpoints are damaged ({damaged} are in {folder / 'damaged'})"
+    for path in (folder.parent / SAVED, folder / "latest.json"):
+        if path.exists():
+            return f"{path} tells of a checkpoint that was written"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,18 +25,19 @@ from torch import Tensor, nn
 
 from megachat.config import Config
 from megachat.parallel.mesh import Mesh, divisors, expected_world
-from megachat.parallel.tensor import own_part, partition_config, split_axis, whole
+from megachat.parallel.tensor import partition_config, split_axis, whole
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
 logger.setLevel(logging.WARNING)
@@ -47,6 +49,8 @@ warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", Use
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 Groups = list[dict[str, Any]]
+Read = Callable[..., Tensor]
+"""`read(name)` gives a full tensor, `read(name, *slices)` the part of it that slices, one an axis, pick."""
 
 
 class Parallel(Config):
@@ -228,21 +232,29 @@ class Engine:
             for moment in self.moments:
                 yield f"{moment}.{name}", whole(self._read(parameter, moment), axis, self.mesh)
 
-    def load_logical(self, read: Callable[[str], Tensor], steps: int) -> None:
+    def tensors(self) -> dict[str, torch.Size]:
+        """Name and full shape of every logical tensor, in the order of `logical`."""
+        kinds = ("weight", *self.moments)
+        names = [name for name, _ in self.module.named_parameters()]
+        return {f"{kind}.{name}": self.shapes[name] for name in names for kind in kinds}
+
+    @property
+    def steps(self) -> int:
+        """How many steps the optimizer has counted: fewer than the run where updates were skipped."""
+        counts = [int(state["step"]) for state in self._basic_optimizer.state.values() if "step" in state]
+        return max(counts, default=0)
+
+    @torch.no_grad()
+    def load_logical(self, read: Read, steps: int) -> None:
         """Sets every weight and moment from full tensors, whatever layout wrote them.
 
-        `read` returns one by its name.
+        `read` is asked, parameter by parameter, for no more than this rank holds.
         """
         self._create_state()
         for name, parameter in self.module.named_parameters():
-            axis = split_axis(self.shapes[name], self._local_shape(parameter))
             for kind in ("weight", *self.moments):
-                full = read(f"{kind}.{name}").to(self.mesh.device, torch.float32)
-                self._write(
-                    parameter,
-                    None if kind == "weight" else kind,
-                    own_part(full, axis, self.mesh).contiguous(),
-                )
+                piece = partial(self._piece, read, f"{kind}.{name}", self._local_shape(parameter))
+                self._write(parameter, None if kind == "weight" else kind, piece)
         for state in self._basic_optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(steps)  # where it is: a fused optimizer counts on the GPU
@@ -252,6 +264,22 @@ class Engine:
             getattr(parameter, "ds_shape", parameter.shape)
         )  # ZeRO 3 empties the parameter itself
 
+    def _piece(self, read: Read, name: str, local: torch.Size, start: int, count: int) -> Tensor:
+        """`count` elements from `start` on of this tensor rank's part, flat; zeros beyond its end."""
+        full = self.shapes[name.partition(".")[2]]
+        axis, width = split_axis(full, local), local[1:].numel()
+        end = min(start + count, local.numel())
+        if end <= start:
+            return torch.zeros(count, device=self.mesh.device)
+        first = start // width
+        index = [slice(first, -(-end // width)), *(slice(size) for size in local[1:])]
+        if axis is not None:
+            offset = self.mesh.tensor_rank * local[axis]
+            index[axis] = slice((index[axis].start or 0) + offset, index[axis].stop + offset)
+        rows = read(name, *index).to(self.mesh.device, torch.float32).reshape(-1)
+        piece = rows[start - first * width : end - first * width]
+        return nn.functional.pad(piece, (0, count - len(piece)))
+
     def _read(self, parameter: Tensor, moment: str | None) -> Tensor:
         if self.parallel.zero == 0:
             value = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
@@ -260,22 +288,33 @@ class Engine:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, moment)
 
-    @torch.no_grad()
-    def _write(self, parameter: Tensor, moment: str | None, value: Tensor) -> None:
+    def _write(self, parameter: Any, moment: str | None, piece: Callable[[int, int], Tensor]) -> None:
+        """Sets what this rank holds. The low-precision weight that computes does not follow the fp32 one."""
         if self.parallel.zero == 0:
             target = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
-            target.copy_(value)
-        elif moment is None:
-            safe_set_full_fp32_param(parameter, value)
-            # The low-precision copy that computes does not follow the fp32 one until the next step.
-            if hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    if dist.get_rank(parameter.ds_process_group) == 0:  # type: ignore[attr-defined]
-                        parameter.copy_(value)
-            else:
-                parameter.copy_(value)
+            target.copy_(piece(0, target.numel()).view_as(target))
+        elif self.parallel.zero == 3:
+            # Cut here: DeepSpeed's own cut reads past the end where the ranks do not divide the tensor.
+            count = parameter.ds_tensor.numel()
+            part = piece(count * dist.get_rank(parameter.ds_process_group), count)
+            if moment is not None:
+                safe_set_local_optimizer_state(parameter, part, moment)
+                return
+            safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.copy_(part)
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                parameter.partition()  # a small one stays gathered between steps: it is gathered anew
         else:
-            safe_set_full_optimizer_state(parameter, value, moment)
+            mapping = parameter._hp_mapping  # None where this rank's share has nothing of the parameter
+            if moment is None:
+                whole_part = piece(0, parameter.numel())
+                parameter.copy_(whole_part.view_as(parameter))
+                if mapping is not None:
+                    where = mapping.lp_fragment_address
+                    mapping.get_hp_fragment().copy_(whole_part.narrow(0, where.start, where.numel))
+            elif mapping is not None:
+                where = mapping.lp_fragment_address
+                mapping.get_hp_fragment(moment).copy_(piece(where.start, where.numel))
 
     def _create_state(self) -> None:
         """Gives the optimizer the state its first step would create, so that it can be read and written."""

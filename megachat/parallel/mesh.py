@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait for a slow rank, for example one that is writing a checkpoint."""
@@ -168,6 +170,14 @@ class Mesh:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def first(self, value: T) -> T:
+        """What rank 0 gives, on every rank; what the others give is dropped."""
+        if self.world == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
 
     def barrier(self) -> None:
         """Waits for every rank."""

@@ -60,8 +60,3 @@ def whole(part: Tensor, axis: int | None, mesh: Mesh) -> Tensor:
     parts = [torch.empty_like(part) for _ in range(mesh.tensor)]
     dist.all_gather(parts, part.contiguous(), group=mesh.tensor_group)
     return torch.cat(parts, dim=axis)
-
-
-def own_part(full: Tensor, axis: int | None, mesh: Mesh) -> Tensor:
-    """This tensor rank's part of a full tensor."""
-    return full if axis is None else full.chunk(mesh.tensor, dim=axis)[mesh.tensor_rank]

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from megachat.log import Recorder, progress, say
 from megachat.model.size import flops_per_token
-from megachat.parallel import checkpoint
+from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import Mesh, start
+from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
 from megachat.run import Stage, begin, finish, record_config
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -128,14 +129,19 @@ class Task(Stage):
     checkpoint_interval: NonNegativeInt
     """Optimizer steps between checkpoints; 0 saves at the end only."""
     checkpoint_keep: PositiveInt
-    """How many checkpoints stay on disk."""
+    """How many checkpoints stay on disk: the newest ones."""
+    checkpoint_keep_every: NonNegativeInt
+    """Those whose step is a multiple of this stay for good, too; 0 for none."""
+    checkpoint_background: bool
+    """Write them while the training goes on, from a copy in host memory; it waits for the copy only."""
     validation_interval: NonNegativeInt
     """Optimizer steps between validations; 0 validates at the end only."""
     resume: Literal["same", "any"]
     """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever changed."""
 
     neutral: ClassVar[tuple[str, ...]] = (
-        "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "validation_interval", "resume",
+        "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "checkpoint_keep_every",
+        "checkpoint_background", "validation_interval", "resume",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
 
@@ -197,6 +203,7 @@ def fit(task: Task) -> None:
         if mesh.any(mesh.rank == 0 and not begin(task)):
             return
         begun = time.monotonic()
+        mine = attempt.claim(task.folder, mesh)
         torch.manual_seed(task.seed)
         tokenizer = Tokenizer.load(task.input("tokenizer"))
         run = Running(mesh, tokenizer, Progress())
@@ -231,17 +238,20 @@ def fit(task: Task) -> None:
         peak = peak_flops(mesh.device, task.parallel.bf16)
         recorder = stack.enter_context(Recorder(task, run.progress.step))
         bar = stack.enter_context(progress(task.name, run.total, "step", run.progress.step))
-        earlier = run.progress.seconds
+        begun -= run.progress.seconds  # of earlier attempts
         meter = _Meter(run, flops, peak)
-
-        def save() -> bool:
-            run.progress.seconds = earlier + time.monotonic() - begun
-            folder = task.folder / "checkpoints"
-            return checkpoint.save(
-                folder, run.engines, asdict(run.progress), about, mesh, task.checkpoint_keep
-            )
-
-        at_step = -1 if saved is None else run.progress.step  # the step of the newest checkpoint
+        saver = Saver(
+            task.folder / "checkpoints",
+            run.engines,
+            about,
+            mesh,
+            mine,
+            interval=task.checkpoint_interval,
+            keep=task.checkpoint_keep,
+            keep_every=task.checkpoint_keep_every,
+            background=task.checkpoint_background,
+            step=None if saved is None else run.progress.step,
+        )
         steps = task.batches(run)
         while run.progress.step < run.total:
             _reseed(task.seed, run)
@@ -251,37 +261,40 @@ def fit(task: Task) -> None:
             run.progress.step += 1
             meter.add(sums, rate)
             bar.update()
+            saver.poll()
             last = run.progress.step == run.total
             if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
                 run.notes |= {f"validation/{name}": value for name, value in task.measure(run).items()}
                 recorder.sample(run.progress.step, task.show(run))
+            run.progress.seconds = time.monotonic() - begun
             if last or run.notes or run.progress.step % task.log.interval == 0:
-                row = meter.report(earlier + time.monotonic() - begun)
+                run.notes |= saver.take_figures()
+                row = meter.report(run.progress.seconds)
                 recorder.row(row)
                 bar.set_postfix_str(_short(row), refresh=False)
             if task.may_stop(run):
-                due = (
-                    task.checkpoint_interval
-                    and run.progress.step - max(at_step, 0) >= task.checkpoint_interval
-                )
                 stopping = mesh.any(stop.requested)
-                if (due and not last) or stopping:
-                    at_step = run.progress.step if save() else at_step
+                if (saver.due(run.progress.step) and not last) or stopping:
+                    saver.save(asdict(run.progress))
                 if stopping and not last:
+                    saver.finish()
                     say(
-                        f"{task.name}: asked to stop; saved at step {at_step}, "
+                        f"{task.name}: asked to stop; saved at step {saver.step}, "
                         "the same command goes on from there"
                     )
                     return
-        if at_step != run.progress.step and not save():
+        saver.finish()
+        if saver.step != run.progress.step:
+            saver.save(asdict(run.progress))
+            saver.finish()
+        if saver.step != run.progress.step:
             raise ValueError(
                 f"the final checkpoint of {task.name} could not be written; "
                 "free some disk space and run again"
             )
-        mesh.barrier()
         if mesh.rank == 0:
             recorder.checkpoint(checkpoint.latest(task.folder).path)
-            finish(task, earlier + time.monotonic() - begun)
+            finish(task, run.progress.seconds)
         mesh.barrier()
 
 
@@ -374,10 +387,21 @@ def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> No
             f"{saved.path} was trained with other settings or data; give another run=..., "
             f"delete {task.folder} to start over, or go on regardless with resume=any"
         )
-    for role, engine in run.engines.items():
-        engine.load_logical(saved.reader(role), saved.manifest["progress"]["step"])
-    run.progress = Progress(**saved.manifest["progress"])
+    run.progress = restore(saved, run)
     say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")
+
+
+def restore(saved: checkpoint.Checkpoint, run: Running) -> Progress:
+    """Puts weights and moments back into the engines, also in the middle of a run.
+
+    Returns how far they are. Before `checkpoint.newest` in the middle of a run, `saver.finish()`.
+    """
+    progress = Progress(**saved.manifest["progress"])
+    for role, engine in run.engines.items():
+        saved.check_shapes(role, engine.tensors())
+        counted = saved.manifest.get("optimizer_steps", {}).get(role, progress.step)
+        engine.load_logical(saved.reader(role), counted)
+    return progress
 
 
 def _reseed(seed: int, run: Running) -> None:

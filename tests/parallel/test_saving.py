@@ -1,0 +1,275 @@
+"""A checkpoint is written by all ranks beside the training, whole or not at all, within bounded memory."""
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megachat.parallel import checkpoint, saving
+from megachat.parallel.attempt import Superseded, claim
+from megachat.parallel.engine import Engine
+from megachat.parallel.mesh import start
+from megachat.parallel.saving import Saver, deal, write_tensors
+from tests.spawn import on_ranks
+from tests.tiny_run import make, pretrain
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("saving") / "runs" / "tiny")
+
+
+def saver(tiny: Path, stage: Path, **settings: Any) -> Saver:
+    """Of a small model with nothing trained, in a stage's folder."""
+    task = pretrain(tiny)
+    mesh = start(1)
+    torch.manual_seed(0)
+    model = task.model.build(300)
+    engine = Engine(model, task.optimizer.build, task.optimizer.groups(model), task.parallel, 1.0, mesh)
+    about = {"architecture": {"model": checkpoint.architecture(model)}, "tokenizer": "", "fingerprint": ""}
+    plain = {"interval": 1, "keep": 2, "keep_every": 0, "background": False, "step": None}
+    attempt = claim(stage, mesh)
+    return Saver(stage / "checkpoints", {"model": engine}, about, mesh, attempt, **(plain | settings))
+
+
+def names(stage: Path) -> list[str]:
+    return sorted(path.name for path in (stage / "checkpoints").iterdir())
+
+
+def test_a_file_of_tensors_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "a/scalar": torch.tensor(1.5),
+        "b/matrix": torch.randn(3, 5).t(),
+        "c/half": torch.randn(7).bfloat16(),
+        "d/none": torch.empty(0, 2),
+    }
+    files = write_tensors(tmp_path, tensors.items(), writer=3)
+    ((name, facts),) = files.items()
+    assert name == "tensors-00003-00000.safetensors"
+    read = load_file(tmp_path / name)
+    assert all(torch.equal(read[key], value) for key, value in tensors.items())
+    assert facts["bytes"] == (tmp_path / name).stat().st_size
+    assert facts["sha256"] == saving.hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert facts["tensors"]["b/matrix"] == {"dtype": "F32", "shape": [5, 3]}
+
+
+def test_no_more_than_a_file_is_held_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "FILE_BYTES", 1000)
+    alive, peak = [0], [0]
+
+    def made() -> Iterator[tuple[str, Tensor]]:
+        for index in range(50):
+            tensor = torch.full((60,), float(index))  # 240 bytes
+            alive[0] += tensor.nbytes
+            peak[0] = max(peak[0], alive[0])
+            weakref.finalize(tensor.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - 240))
+            yield f"t{index:02d}", tensor
+            del tensor
+
+    files = write_tensors(tmp_path, made())
+    assert len(files) == 13  # four to a file
+    assert peak[0] <= 1000 + 240
+    assert sum(len(facts["tensors"]) for facts in files.values()) == 50
+
+
+def test_tensors_are_dealt_to_who_has_least() -> None:
+    assert deal({"a": 3, "b": 1, "c": 1, "d": 4}, 2) == {"a": 0, "b": 1, "c": 1, "d": 1}
+    sizes = {str(index): 1 + index % 7 for index in range(100)}
+    loads = [sum(sizes[name] for name, rank in deal(sizes, 8).items() if rank == r) for r in range(8)]
+    assert max(loads) - min(loads) <= 7
+
+
+@on_ranks(1)
+def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_half_written(
+    tiny: Path, tmp_path: Path
+) -> None:
+    for background in (False, True):
+        stage = tmp_path / f"background-{background}"
+        writes = saver(tiny, stage, background=background)
+        writes.save({"step": 1})
+        writes.finish()
+        assert writes.step == 1
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit fails as on a full disk
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        writes.save({"step": 2})
+        writes.finish()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert writes.step == 1
+        assert writes.take_figures()["checkpoint/failed"] == 1
+        assert names(stage) == ["latest.json", "step-00000001"]
+        assert (
+            json.loads((stage / "checkpoints" / "latest.json").read_text())["checkpoint"] == "step-00000001"
+        )
+        writes.save({"step": 3})
+        writes.finish()
+        assert writes.step == 3
+
+
+@on_ranks(1)
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path)
+    told: list[str] = []
+    saving.say = told.append  # type: ignore[assignment]
+    saving.shutil.disk_usage = lambda path: type("Usage", (), {"free": 1000})  # type: ignore[assignment]
+    writes.save({"step": 1})
+    assert names(tmp_path) == []
+    assert told == [
+        f"ALARM: the checkpoint of step 1 could not be written: it takes {writes._bytes:,} bytes, and 1,000 "
+        f"are free in {tmp_path / 'checkpoints'}; there is none before it; "
+        f"make room in {tmp_path / 'checkpoints'}"
+    ]
+
+
+@on_ranks(1)
+def test_a_writer_that_died_commits_nothing(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, background=True)
+
+    def dies(*_: Any) -> None:
+        raise SystemExit  # ends a thread without a word
+
+    whole = saving.write_tensors
+    saving.write_tensors = dies  # type: ignore[assignment]
+    writes.save({"step": 1})
+    writes.finish()
+    assert writes.step is None
+
+    def forgets(folder: Path, tensors: Any, writer: int) -> saving.Files:
+        return whole(folder, list(tensors)[:-1], writer)
+
+    saving.write_tensors = forgets
+    writes.save({"step": 2})
+    writes.finish()
+    assert writes.step is None
+    assert names(tmp_path) == []
+
+
+@on_ranks(1)
+def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, background=True)
+    go = threading.Event()
+    whole = saving.write_tensors
+
+    def waits(*arguments: Any) -> saving.Files:
+        go.wait(60)
+        return whole(*arguments)
+
+    saving.write_tensors = waits
+    before = {name: tensor.clone() for name, tensor in writes.engines["model"].logical()}
+    writes.save({"step": 1})
+    with torch.no_grad():  # a step of the training
+        for parameter in writes.engines["model"].module.parameters():
+            parameter.add_(1.0)
+    writes.poll()
+    assert writes.step is None
+    go.set()
+    deadline = time.monotonic() + 60
+    while writes.step is None and time.monotonic() < deadline:
+        writes.poll()
+    figures = writes.take_figures()
+    assert figures["checkpoint/stall"] <= figures["checkpoint/seconds"]
+    assert figures["checkpoint/bytes"] == sum(tensor.nbytes for tensor in before.values())
+    saved = checkpoint.newest(tmp_path / "checkpoints", writes.mesh)
+    assert saved is not None
+    read = saved.reader("model")
+    assert all(torch.equal(read(name), tensor) for name, tensor in before.items())
+
+
+@on_ranks(1)
+def test_the_last_checkpoints_stay_and_every_kth_for_good(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, keep=2, keep_every=3)
+    for step in range(1, 9):
+        writes.save({"step": step})
+    assert names(tmp_path) == ["latest.json", *(f"step-{step:08d}" for step in (3, 6, 7, 8))]
+
+
+@on_ranks(1)
+def test_a_run_that_was_rolled_back_writes_the_same_step_again(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path)
+    writes.save({"step": 1, "samples": 8})
+    writes.save({"step": 1, "samples": 16})
+    saved = checkpoint.newest(tmp_path / "checkpoints", writes.mesh)
+    assert saved is not None
+    assert saved.manifest["progress"]["samples"] == 16
+    assert names(tmp_path) == ["latest.json", "step-00000001"]
+
+
+@on_ranks(1)
+def test_the_save_of_an_older_start_is_refused_and_the_newer_ones_files_stay(
+    tiny: Path, tmp_path: Path
+) -> None:
+    zombie = saver(tiny, tmp_path, background=True)
+    go = threading.Event()
+    whole = saving.write_tensors
+
+    def waits(*arguments: Any) -> saving.Files:
+        go.wait(60)
+        return whole(*arguments)
+
+    saving.write_tensors = waits
+    zombie.save({"step": 1})  # is writing when the next start takes over
+    saving.write_tensors = whole
+    newer = saver(tiny, tmp_path, background=False)
+    assert newer.attempt.attempt == 2
+    newer.save({"step": 1, "samples": 2})
+    go.set()
+    with pytest.raises(Superseded, match=r"names attempt 2 .* so this one, attempt 1 .* writes nothing more"):
+        zombie.finish()
+    with pytest.raises(Superseded, match="names attempt 2"):
+        zombie.save({"step": 2})
+    assert names(tmp_path) == ["latest.json", "step-00000001"]
+    saved = checkpoint.newest(tmp_path / "checkpoints", newer.mesh)
+    assert saved is not None
+    assert saved.manifest["progress"]["samples"] == 2
+    assert saved.manifest["attempt"]["attempt"] == 2
+
+
+@on_ranks(1)
+def test_a_requeued_job_displaces_its_earlier_start_and_not_the_other_way_round(tmp_path: Path) -> None:
+    mesh = start(1)
+    os.environ |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    assert claim(tmp_path, mesh).attempt == 1
+    os.environ["SLURM_RESTART_COUNT"] = "0"  # a node that had been cut off wakes up
+    with pytest.raises(Superseded, match=r"of job 7, which has been requeued 1 times"):
+        claim(tmp_path, mesh)
+    os.environ["SLURM_RESTART_COUNT"] = "2"
+    assert claim(tmp_path, mesh).attempt == 2
+    os.environ |= {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "0"}  # another job, by a person
+    assert claim(tmp_path, mesh).attempt == 3
+
+
+@on_ranks(2)
+def test_two_ranks_write_half_each_and_agree_that_one_has_failed(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, background=True)
+    writes.save({"step": 1})
+    writes.finish()
+    assert writes.step == 1
+    saved = checkpoint.newest(tmp_path / "checkpoints", writes.mesh)
+    assert saved is not None
+    sizes = [facts["bytes"] for facts in saved.manifest["files"].values()]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.1 * min(sizes)
+    if writes.mesh.rank == 1:
+
+        def fails(*_: Any) -> saving.Files:
+            raise OSError(5, "Input/output error")
+
+        saving.write_tensors = fails
+    for background in (True, False):
+        writes.background = background
+        writes.save({"step": 2})
+        writes.finish()
+        assert writes.step == 1
+    writes.mesh.barrier()
+    assert names(tmp_path) == ["latest.json", "step-00000001"]
