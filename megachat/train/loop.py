@@ -53,6 +53,10 @@ class Progress:
     """What `samples` counts: which data in which order, for stages that can tell when it has changed."""
 
 
+class Diverged(ValueError):
+    """A loss or a gradient norm is not a number, on all ranks alike."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of this rank. A stage's own batches add their tensors."""
@@ -257,7 +261,11 @@ def fit(task: Task) -> None:
             _reseed(task.seed, run)
             batches = next(steps)
             rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
-            sums = train_step(task, run, batches, rate)
+            try:
+                sums = train_step(task, run, batches, rate)
+            except Diverged:  # on all ranks alike: what is being saved is from before
+                saver.finish()
+                raise
             run.progress.step += 1
             meter.add(sums, rate)
             bar.update()
@@ -320,7 +328,7 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight
     for name, value in out.items():
         if not math.isfinite(value):  # before such weights are saved
-            raise ValueError(
+            raise Diverged(
                 f"{name} is {value / weight} at step {run.progress.step + 1}, at learning rate {rate:g}: "
                 "training has diverged; lower optimizer.lr or lengthen schedule.warmup, and add resume=any "
                 "to go on from the newest checkpoint"
