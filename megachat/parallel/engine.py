@@ -31,6 +31,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     logger,
@@ -39,6 +41,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed 0.19 still calls collectives by names that newer torch calls deprecated, at every step.
@@ -51,6 +54,9 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 Groups = list[dict[str, Any]]
 Read = Callable[..., Tensor]
 """`read(name)` gives a full tensor, `read(name, *slices)` the part of it that slices, one an axis, pick."""
+
+PLAIN_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+"""DeepSpeed's own classes in its checkpoints: they hold values, and unpickling them runs nothing else."""
 
 
 class Parallel(Config):
