@@ -51,16 +51,16 @@ def on_ranks(world: int, timeout: float = 600, device: str = "cpu") -> Callable[
 
 def run(name: str, world: int, timeout: float, device: str, arguments: dict[str, Any]) -> None:
     """Starts the ranks, waits for them, and raises what the first failing one reported."""
-    context = _context(device)
-    port = _free_port()
+    forking = context(device)
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         ranks, pipes = [], []
         for rank in range(world):
-            here, there = context.Pipe(duplex=False)
-            environment = _environment(rank, world, port, device)
+            here, there = forking.Pipe(duplex=False)
             log = Path(folder) / f"rank{rank}.log"
-            process = context.Process(
-                target=_main, args=(there, name, arguments, environment, log), daemon=True
+            variables = environment(rank, world, port, device)
+            process = forking.Process(
+                target=_main, args=(there, name, arguments, variables, log), daemon=True
             )
             process.start()
             there.close()
@@ -152,7 +152,8 @@ def _main(
     os._exit(0)
 
 
-def _environment(rank: int, world: int, port: int, device: str) -> dict[str, str]:
+def environment(rank: int, world: int, port: int, device: str) -> dict[str, str]:
+    """What makes a process rank `rank` of `world`, as torchrun would set it."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {
         **os.environ,
@@ -169,7 +170,8 @@ def _environment(rank: int, world: int, port: int, device: str) -> dict[str, str
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -177,9 +179,10 @@ def _free_port() -> int:
 
 
 @functools.cache
-def _context(device: str) -> Any:
+def context(device: str) -> Any:
+    """Where processes come from: a server that has `PRELOAD` imported, but for GPUs."""
     if device == "cuda":  # the server has DeepSpeed set to the CPU already
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(PRELOAD)
+    return forking

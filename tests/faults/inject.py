@@ -1,0 +1,300 @@
+"""megachat with something wrong in it: patches a rank so that it fails at a chosen moment, then runs `main`.
+
+    python -m tests.faults.inject '{"faults": [{"at": "backward", "do": "kill", "step": 5, "rank": 1}]}' \
+        pretrain model=gpt_3m ...
+
+A fault happens once, at a point of the program (`at`), in a step and on a rank. Where the moment is one of
+writing files it is found by Python's audit events, so that it is what the disk sees, whatever the code is
+called. A journal, one file for each rank, notes when a fault struck, and of every step when it was taken and
+on which samples.
+"""
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT = re.compile(r"checkpoints/step-(\d+)(\.tmp)?(?:/|$)")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, where and when."""
+
+    at: str
+    """The point: `start`, `joined`, `prepare`, `data`, `forward`, `loss`, `gradient`, `backward`, `step`,
+    `weights`, `stepped`, `validation`, or of saving: `save:folder`, `save:shard`, `save:manifest`,
+    `save:rename`, `save:latest`, `save:delete`."""
+    do: str
+    """A name in `DEEDS`."""
+    step: int = 0
+    """The optimizer step (or the checkpoint's), the first being 1; 0: the first time the point is reached."""
+    rank: int | None = None
+    """None: every rank."""
+    value: float = 0.0
+    """Seconds, bytes, a signal's number, a factor: as the deed has it."""
+    often: bool = False
+    """Every time from then on."""
+
+
+def kill(_: Fault) -> None:
+    """What the kernel does when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash(_: Fault) -> None:
+    """A null pointer in a C library."""
+    ctypes.string_at(0)
+
+
+def throw(_: Fault) -> None:
+    """A bug."""
+    raise RuntimeError("injected")
+
+
+def read_fifo(_: Fault) -> None:
+    """A file system that does not answer: opening a pipe that nobody writes to."""
+    path = f"/tmp/megachat-fifo-{os.getpid()}"
+    os.mkfifo(path)
+    try:
+        open(path).close()
+    finally:
+        os.unlink(path)
+
+
+def hold_gil(fault: Fault) -> None:
+    """A C library that does not let go of the interpreter: no thread of this process runs."""
+    ctypes.PyDLL(None).sleep(int(fault.value))
+
+
+def limit_files(fault: Fault, how: Any = signal.SIG_DFL) -> None:
+    """From now on the kernel kills this process amid a write that makes a file larger than `value`."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, how)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.value), resource.RLIM_INFINITY))
+
+
+def shift_clock(fault: Fault) -> None:
+    """This rank's clock is wrong."""
+    real = time.time
+    time.time = lambda: real() + fault.value  # type: ignore[assignment]
+
+
+def fail_io(fault: Fault) -> None:
+    """A broken disk (5) or a full one (28)."""
+    number = int(fault.value) or errno.EIO
+    raise OSError(number, os.strerror(number))
+
+
+def nothing(_: Fault) -> None:
+    """The point itself does it: `loss` and `gradient` are multiplied by `value`."""
+
+
+DEEDS: dict[str, Callable[[Fault], Any]] = {
+    "kill": kill,
+    "exit": lambda _: os._exit(3),
+    "abort": lambda _: os.abort(),
+    "crash": crash,
+    "raise": throw,
+    "freeze": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda fault: time.sleep(fault.value),
+    "fifo": read_fifo,
+    "gil": hold_gil,
+    "signal": lambda fault: os.kill(os.getpid(), int(fault.value)),
+    "limit": limit_files,
+    "full": lambda fault: limit_files(fault, signal.SIG_IGN),
+    "unlimit": lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2),
+    "clock": shift_clock,
+    "io": fail_io,
+    "poison": nothing,
+    "flip": nothing,
+}
+
+
+class Injector:
+    """The faults of one rank in one attempt."""
+
+    def __init__(self, faults: Sequence[Fault], journal: Path | None = None, attempt: int = 1) -> None:
+        names = os.environ
+        self.rank = int(names.get("RANK", names.get("SLURM_PROCID", "0")))
+        self.faults = [fault for fault in faults if fault.rank in (None, self.rank)]
+        self.attempt, self.step, self.deleting = attempt, 0, 0
+        self.journal = None
+        if journal is not None:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            self.journal = os.open(journal / f"rank{self.rank}.jsonl", flags, 0o644)
+        self.clock = time.time
+        self.note("begin")
+
+    def note(self, event: str, **facts: Any) -> None:
+        """A line in the journal; it is in the kernel's hands before a signal can end this process."""
+        if self.journal is not None:
+            line = {"time": self.clock(), "attempt": self.attempt, "rank": self.rank, "event": event, **facts}
+            os.write(self.journal, f"{json.dumps(line)}\n".encode())
+
+    def due(self, point: str, step: int) -> Fault | None:
+        """The fault that is to happen here and now."""
+        for fault in self.faults:
+            if fault.at == point and (fault.step in (0, step) or (fault.often and step > fault.step)):
+                return fault
+        return None
+
+    def reach(self, point: str, step: int | None = None) -> Fault | None:
+        """The program is at this point: does what is due."""
+        step = self.step if step is None else step
+        fault = self.due(point, step)
+        if fault is not None:
+            if not fault.often:
+                self.faults.remove(fault)
+            self.note("fault", at=point, do=fault.do, step=step)
+            DEEDS[fault.do](fault)
+        return fault
+
+    def arm(self) -> None:
+        """Patches what a training stage calls."""
+        from megachat.parallel.engine import Engine
+        from megachat.train import loop
+        from megachat.train.pretrain import Pretrain
+
+        self._around(loop, "start", "start", "joined")
+        self._around(Pretrain, "prepare", "prepare")
+        self._around(Pretrain, "measure", "validation")
+        self._around(Engine, "__call__", "forward")
+        self._patch(Pretrain, "batches", self._batches)
+        self._patch(Pretrain, "loss", self._loss)
+        self._patch(Engine, "backward", self._backward)
+        self._patch(Engine, "step", self._engine_step)
+        self._patch(loop, "train_step", self._train_step)
+        sys.addaudithook(self._audit)
+
+    def _patch(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        def patched(*arguments: Any, **named: Any) -> Any:
+            return around(original, *arguments, **named)
+
+        setattr(owner, name, patched)
+
+    def _around(self, owner: Any, name: str, before: str, after: str = "") -> None:
+        def around(original: Any, *arguments: Any, **named: Any) -> Any:
+            self.reach(before)
+            result = original(*arguments, **named)
+            if after:
+                self.reach(after)
+            return result
+
+        self._patch(owner, name, around)
+
+    def _batches(self, original: Any, task: Any, run: Any) -> Any:
+        for batches in original(task, run):
+            self.step = run.progress.step + 1
+            self.reach("data")
+            yield batches
+
+    def _loss(self, original: Any, task: Any, run: Any, batch: Any) -> Any:
+        losses = original(task, run, batch)
+        if fault := self.reach("loss"):
+            for role in losses.losses:
+                losses.losses[role] = losses.losses[role] * fault.value
+        return losses
+
+    def _backward(self, original: Any, engine: Any, loss: Any, last: bool) -> None:
+        middle = [*engine.module.parameters()]
+        middle = middle[len(middle) // 2]
+        hooks = []
+        if self.due("backward", self.step):
+            hooks.append(middle.register_hook(lambda _: self.reach("backward") and None))
+        if fault := self.due("gradient", self.step):
+            hooks.append(middle.register_hook(lambda gradient: gradient * fault.value))
+            self.reach("gradient")
+        original(engine, loss, last)
+        for hook in hooks:
+            hook.remove()
+
+    def _engine_step(self, original: Any, engine: Any, rate: float) -> float:
+        """`step`: this rank has new weights already, and the others have not heard of them."""
+        optimizer = engine._basic_optimizer
+        if not hasattr(optimizer, "_unharmed"):
+            optimizer._unharmed = optimizer.step
+
+            def step(*arguments: Any, **named: Any) -> Any:
+                result = optimizer._unharmed(*arguments, **named)
+                self.reach("step")
+                return result
+
+            optimizer.step = step
+        norm: float = original(engine, rate)
+        if fault := self.reach("weights"):
+            self._flip(next(iter(engine.module.parameters())), int(fault.value))
+        return norm
+
+    def _flip(self, parameter: Any, bit: int) -> None:
+        """One bit of the first number."""
+        import torch
+
+        parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << bit)
+
+    def _train_step(self, original: Any, task: Any, run: Any, batches: Any, *more: Any, **named: Any) -> Any:
+        samples = [
+            hashlib.blake2b(row.numpy().tobytes(), digest_size=6).hexdigest()
+            for batch in batches
+            for row in batch.inputs.cpu()
+        ]
+        result = original(task, run, batches, *more, **named)
+        self.note("step", step=run.progress.step + 1, samples=samples)
+        self.reach("stepped")
+        return result
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree"):
+            return
+        if event == "os.remove" and self.deleting:
+            self.deleting += 1
+            if self.deleting == 3:  # one file has gone, the second is about to
+                self.reach("save:delete")
+            return
+        path = arguments[1] if event == "os.rename" else arguments[0]
+        if not isinstance(path, str | os.PathLike):
+            return
+        path = os.fspath(path)
+        if event == "os.rename" and "latest.json" in path and "checkpoints" in path:
+            self.reach("save:latest")
+            return
+        found = CHECKPOINT.search(os.fspath(arguments[0]) if event == "os.rename" else path)
+        if not found:
+            return
+        step, unfinished, name = int(found[1]), bool(found[2]), os.path.basename(path)
+        if event == "os.mkdir" and unfinished:
+            self.reach("save:folder", step)
+        elif event == "open" and unfinished and name.startswith("tensors-"):
+            self.reach("save:shard", step)
+        elif event == "open" and unfinished and name.startswith("manifest.json"):
+            self.reach("save:manifest", step)
+        elif event == "os.rename" and unfinished and name.startswith("step-"):
+            self.reach("save:rename", step)
+        elif event == "shutil.rmtree" and not unfinished:
+            self.deleting = 1
+
+
+def run(plan: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Arms the faults of a plan, then is megachat."""
+    journal = Path(plan["journal"]) if "journal" in plan else None
+    injector = Injector([Fault(**fault) for fault in plan["faults"]], journal, plan.get("attempt", 1))
+    injector.arm()
+    from megachat.__main__ import main
+
+    main(arguments)
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1]), sys.argv[2:])
