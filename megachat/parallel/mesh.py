@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +22,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megachat.log import say
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a collective may wait for a slow rank, for example one that is writing a checkpoint."""
+"""How long a collective may wait for a slow rank where nobody watches (megachat/train/watch.py)."""
+
+HUNG = 87
+"""The exit code of a process that was ended because the run stood still."""
+TAKEN = 75
+"""The exit code for a port that somebody else has: starting again with another one helps."""
+
+
+class PortTaken(OSError):
+    """Somebody else listens where rank 0 was told to."""
 
 
 def adopt_slurm() -> None:
@@ -197,12 +208,111 @@ def must_have_none() -> None:
         )
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """The key-value store where the ranks have met: a thread in rank 0's process, or in torchrun's."""
+
+    host: str
+    port: int
+    store: dist.Store
+    """This process's first connection. In rank 0 the store lives as long as this does."""
+    leader: str
+    """Where rank 0 is: its host and process."""
+
+    def connect(self, timeout: timedelta) -> dist.Store:
+        """Another connection: a request that waits holds up all others of its connection."""
+        store = dist.TCPStore(self.host, self.port, timeout=timeout, wait_for_workers=False)
+        return dist.PrefixStore(_attempt(), store)
+
+
+def _attempt() -> str:
+    # torchrun keeps one store while it starts ranks anew.
+    return f"megachat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _meet(rank: int, world: int, patience: float) -> Meeting:
+    """Waits until all ranks have come; after `patience` seconds says which have not."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    me, forever = f"host {socket.gethostname()}, pid {os.getpid()}", timedelta(seconds=patience)
+    if rank == 0 and not hosted:
+        _check_own(host)
+        host = "localhost"  # the way to oneself needs no name that others understand
+    try:
+        served = dist.TCPStore(
+            host, port, is_master=rank == 0 and not hosted, timeout=forever, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise PortTaken(
+                f"rank 0 ({me}) cannot listen on port {port}: somebody else does; "
+                "start again with another MASTER_PORT"
+            ) from None
+        raise TimeoutError(
+            f"rank {rank} ({me}) could not reach rank 0 at MASTER_ADDR={host}, MASTER_PORT={port} in "
+            f"{patience:g} s: rank 0 has not started, or runs on another host, or a firewall is between them"
+        ) from None
+    store = dist.PrefixStore(_attempt(), served)
+    store.set(f"came/{rank}", me)
+    if rank == 0:
+        store.set("all", _wait_for_all(store, world, patience))
+    try:
+        store.wait(["all"], timedelta(seconds=patience + 30))
+        problem = store.get("all").decode()
+        leader = store.get("came/0").decode()
+    except RuntimeError:
+        raise TimeoutError(f"rank {rank} ({me}) met rank 0 at {host}:{port}, which has gone since") from None
+    if problem:
+        raise TimeoutError(problem)
+    return Meeting(host, port, served, leader)
+
+
+def _wait_for_all(store: dist.Store, world: int, patience: float) -> str:
+    """ "" once all have come; else who has, and who has not."""
+    keys = [f"came/{rank}" for rank in range(world)]
+    soon = min(60.0, patience / 2)
+    for seconds, last in ((soon, False), (patience - soon, True)):
+        with suppress(dist.DistError):
+            store.wait(keys, timedelta(seconds=seconds))
+            return ""
+        came = {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
+        missing = ", ".join(str(rank) for rank in range(world) if rank not in came)
+        places = "; ".join(f"rank {rank} on {place}" for rank, place in came.items())
+        if not last:
+            say(f"waiting for the other ranks: {len(came)} of {world} have come, missing: {missing}")
+    return (
+        f"{len(came)} of {world} ranks have come in {patience:g} s; missing: {missing}. Came: {places}. "
+        "Look at the logs of the missing ranks; all need the same MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _check_own(address: str) -> None:
+    """Says so when rank 0 is told to be on another host; there may be a way around it, so it goes on."""
+    try:
+        with socket.socket(socket.getaddrinfo(address, None)[0][0]) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        say(
+            f"MASTER_ADDR={address} is no address of {socket.gethostname()}, where rank 0 runs "
+            f"({error.strerror}); if the other ranks do not come, set it to this host"
+        )
+
+
 _current: Mesh | None = None
+_meeting: Meeting | None = None
 
 
-def start(tensor: int) -> Mesh:
-    """Joins the process group and returns this rank's place. A process stays in the mesh it first joined."""
-    global _current
+def meeting() -> Meeting | None:
+    """Where the ranks of this process's job have met; None for a process alone."""
+    return _meeting
+
+
+def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) -> Mesh:
+    """Joins the process group and returns this rank's place. A process stays in the mesh it first joined.
+
+    All ranks must come within `patience` seconds, 0 for TIMEOUT; `timeout` is how long a collective may take.
+    """
+    global _current, _meeting
     if _current is not None:
         assert _current.tensor == tensor, "one process cannot change its tensor-parallel degree"
         return _current
@@ -226,7 +336,12 @@ def start(tensor: int) -> Mesh:
         must_have_none()
         device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store: dist.Store = dist.HashStore()
+        if world > 1:
+            _meeting = _meet(rank, world, patience or TIMEOUT.total_seconds())
+            store = dist.PrefixStore(f"{_attempt()}/group", _meeting.store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout or TIMEOUT)
     data_group = tensor_group = None
     for t in range(tensor):
         ranks = list(range(t, world, tensor))

@@ -33,6 +33,7 @@ from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.metrics import memory_gib, peak_flops
 from megachat.train.optimizers import Optimizer
 from megachat.train.schedules import Schedule
+from megachat.train.watch import Watch, Watching
 
 T = TypeVar("T")
 
@@ -101,6 +102,8 @@ class Running:
     """What `Task.prepare` made."""
     notes: dict[str, float] = field(default_factory=dict)
     """Figures to add to the next logged row, such as the mean reward of a rollout."""
+    watch: Watch = field(default_factory=Watch)
+    """Is told what the run is about to do."""
 
     @property
     def synced(self) -> Callable[[bool], bool] | None:
@@ -140,12 +143,14 @@ class Task(Stage):
     """Write them while the training goes on, from a copy in host memory; it waits for the copy only."""
     validation_interval: NonNegativeInt
     """Optimizer steps between validations; 0 validates at the end only."""
+    watch: Watching
+    """When a run that stands still is ended, and which rank is called slow."""
     resume: Literal["same", "any"]
     """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever changed."""
 
     neutral: ClassVar[tuple[str, ...]] = (
         "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "checkpoint_keep_every",
-        "checkpoint_background", "validation_interval", "resume",
+        "checkpoint_background", "validation_interval", "resume", "watch",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
 
@@ -196,21 +201,24 @@ class Task(Stage):
 
 def fit(task: Task) -> None:
     """Runs a training stage from its newest checkpoint, or from the start, to the end."""
-    mesh = start(task.parallel.tensor)
+    mesh = start(task.parallel.tensor, task.watch.start, task.watch.timeout)
     if task.batch % mesh.data:
         raise ValueError(
             f"batch={task.batch} cannot be shared by {mesh.data} data-parallel ranks; use a multiple"
         )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopFlag())
+        watch = stack.enter_context(Watch(task.watch, mesh))
         # One rank decides whether there is anything to do, before any rank writes.
         if mesh.any(mesh.rank == 0 and not begin(task)):
             return
+        watch.follow(task.folder)
+        watch.at("load")
         begun = time.monotonic()
         mine = attempt.claim(task.folder, mesh)
         torch.manual_seed(task.seed)
         tokenizer = Tokenizer.load(task.input("tokenizer"))
-        run = Running(mesh, tokenizer, Progress())
+        run = Running(mesh, tokenizer, Progress(), watch=watch)
         models = task.models(run)
         about = {
             "stage": task.name,
@@ -235,6 +243,7 @@ def fit(task: Task) -> None:
         saved = checkpoint.newest(task.folder / "checkpoints", mesh)
         if saved is not None:
             _continue_from(saved, task, run)
+        watch.at("prepare")
         run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
         if mesh.rank == 0:
             record_config(task)
@@ -258,6 +267,7 @@ def fit(task: Task) -> None:
         )
         steps = task.batches(run)
         while run.progress.step < run.total:
+            watch.at("data", run.progress.step + 1)
             _reseed(task.seed, run)
             batches = next(steps)
             rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
@@ -272,8 +282,11 @@ def fit(task: Task) -> None:
             saver.poll()
             last = run.progress.step == run.total
             if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
+                watch.at("validation")
                 run.notes |= {f"validation/{name}": value for name, value in task.measure(run).items()}
+                watch.at("sample")
                 recorder.sample(run.progress.step, task.show(run))
+            watch.at("log")
             run.progress.seconds = time.monotonic() - begun
             if last or run.notes or run.progress.step % task.log.interval == 0:
                 run.notes |= saver.take_figures()
@@ -300,6 +313,7 @@ def fit(task: Task) -> None:
                 f"the final checkpoint of {task.name} could not be written; "
                 "free some disk space and run again"
             )
+        watch.at("finish")
         if mesh.rank == 0:
             recorder.checkpoint(checkpoint.latest(task.folder).path)
             finish(task, run.progress.seconds)
@@ -311,18 +325,23 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
 
     Returns sums over all ranks.
     """
+    run.watch.at("count")
     local = [sum(getattr(batch, name) for batch in batches) for name in ("weight", "tokens", "samples")]
     weight, tokens, samples = run.mesh.sum_tensor(torch.tensor(local, dtype=torch.float64)).tolist()
     sums: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
+        run.watch.at("forward")
         result = task.loss(run, batch)
+        run.watch.at("backward")
         for role, loss in result.losses.items():
             run.engines[role].backward(loss / weight, last=index == len(batches) - 1)
             name = "loss" if role == "model" else f"{role}/loss"
             sums[name] = sums.get(name, 0.0) + loss.detach().double()
         for name, value in result.metrics.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
+    run.watch.at("sum")
     out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
+    run.watch.at("step")
     for role in result.losses:
         norm = run.engines[role].step(rate * task.rate_of(role))
         out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight

@@ -1,0 +1,409 @@
+"""Notices that a run stands still, says which rank and where, and ends it with code 87 instead of waiting on.
+
+The loop says what it begins with `watch.at("forward")`. From that come three things:
+- `heartbeat.json`, written by the training thread of rank 0 itself, so that whoever looks from outside (a
+  supervisor, the launcher) knows it to be alive: a thread of its own would beat on while training hangs.
+- A thread in every rank that publishes how far its rank is, and whether it waits in a collective. When this
+  rank stands still, that tells who is waited for: the one that does not answer (frozen, killed, Python's lock
+  held by a loop in C), else the one that is in no collective, else the one that is behind.
+- How long each rank works without waiting for others; a rank that is slower than its peers is named.
+
+No clocks are compared: a rank is silent when its counter has stopped, and time in which this process itself
+was frozen (Ctrl-Z, a paused container) does not count. A process that trains alone watches itself, but for a
+loop in C that holds Python's lock; only somebody outside who reads `heartbeat.json` can see that.
+"""
+
+import faulthandler
+import itertools
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeFloat
+
+from megachat.config import Config
+from megachat.log import say
+from megachat.parallel.mesh import HUNG, Mesh, meeting
+
+LONG = frozenset(("load", "prepare", "save", "validation", "sample", "rollout", "finish"))
+"""Sections that may take long."""
+
+HEARTBEAT = "heartbeat.json"
+
+
+class Watching(Config):
+    """How long a run may stand still; 0 is for ever."""
+
+    start: NonNegativeFloat
+    """Seconds for all ranks to meet, and then for each part of set-up and of the first step."""
+    hang: NonNegativeFloat
+    """Seconds for a part of a step: reading data, a forward or backward pass, the optimizer."""
+    long: NonNegativeFloat
+    """Seconds for saving, loading, a validation, a rollout."""
+    slow: Annotated[float, Field(ge=0)]
+    """A rank is named that takes so many times as long as the others do; 0: none is."""
+
+    @property
+    def patience(self) -> float:
+        """The shortest of the limits, in seconds; infinite when there is none."""
+        return min(filter(None, (self.start, self.hang, self.long)), default=math.inf)
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """What collectives may take: the watch comes first, for it can say more than they can."""
+        limits = (self.start, self.hang, self.long)
+        return timedelta(seconds=max(limits) + 60) if all(limits) else None
+
+
+@dataclass
+class State:
+    """What a rank says of itself to the others."""
+
+    rank: int
+    host: str = "?"
+    pid: int = 0
+    beat: int = 0
+    """Counts what its watching thread has published."""
+    step: int = 0
+    section: str = "start"
+    moves: int = 0
+    """Counts the sections its training thread has begun."""
+    stood: float = 0.0
+    """Seconds without a move."""
+    limit: float = math.inf
+    """How long it may stand in this section."""
+    collective: str = ""
+    """What it waits for others in, if it does."""
+    where: str = ""
+    """The line it stands at."""
+    ended: str = ""
+    """The error that ended it."""
+    silent: float = 0.0
+    """Seconds in which its counter has not moved, as the reader saw it."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+class Watch:
+    """The watch over one run of the loop. Without a mesh it only keeps the time."""
+
+    runs = itertools.count()
+    """Each run of a process has keys of its own in the store; the ranks count alike."""
+
+    def __init__(self, settings: Watching | None = None, mesh: Mesh | None = None) -> None:
+        self.settings = settings
+        self.rank, self.world = (mesh.rank, mesh.world) if mesh else (0, 1)
+        self.section, self.step, self.moves = "start", 0, 0
+        self.settled = False
+        """Whether the first step of this attempt is over."""
+        self.since = time.monotonic()
+        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.folder: Path | None = None
+        self.attempt: int | None = None
+        self._beaten, self._complained, self._mine_ended = -math.inf, False, ""
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    # What the training thread calls.
+
+    def at(self, section: str, step: int | None = None) -> None:
+        """The training thread begins a part of a step; called often, so it does next to nothing."""
+        now = time.monotonic()
+        self.section, self.since = section, now
+        if step is not None:
+            self.settled = self.settled or self.step > 0
+            self.step = step
+        self.moves += 1
+        if self.folder is not None and (now - self._beaten >= 1.0 or section in LONG):
+            self._beat(now)
+
+    def follow(self, folder: Path) -> None:
+        """From now on `heartbeat.json` in this folder tells how the run goes."""
+        if self.rank == 0 and self.settings is not None:
+            self.folder = folder
+            self._beat(time.monotonic())
+
+    def limit(self) -> float:
+        """How long the training thread may stand where it is."""
+        if self.settings is None:
+            return math.inf
+        settings = self.settings
+        seconds = (
+            settings.start if not self.settled else settings.long if self.section in LONG else settings.hang
+        )
+        return seconds or math.inf
+
+    def _beat(self, now: float) -> None:
+        self._beaten = now
+        assert self.folder is not None
+        limit = self.limit()
+        try:
+            if self.attempt is None and (attempt := self.folder / "attempt.json").is_file():
+                self.attempt = int(json.loads(attempt.read_text())["attempt"])
+            text = json.dumps(
+                {
+                    "step": self.step, "section": self.section, "time": time.time(),
+                    "limit": limit if math.isfinite(limit) else None,
+                    "attempt": self.attempt or 0, "pid": self.pid, "host": self.host,
+                }
+            )  # fmt: skip
+            temporary = self.folder / f"{HEARTBEAT}.tmp"
+            temporary.write_text(text)
+            os.replace(temporary, self.folder / HEARTBEAT)
+        except FileNotFoundError:
+            pass  # nothing has been made yet
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # a full disk must not end a run that only wants to say it lives
+            if not self._complained:
+                say(f"{self.folder / HEARTBEAT} cannot be written: {error}")
+            self._complained = True
+
+    # The threads.
+
+    def __enter__(self) -> "Watch":
+        patience = self.settings.patience if self.settings else math.inf
+        number = next(Watch.runs)
+        if not math.isfinite(patience):
+            return self
+        self.patience = patience
+        # With thousands of ranks the store has enough to do.
+        self.tick = min(1.0, patience / 8) * max(1.0, self.world / 2000)
+        self.grace = max(min(10.0, patience / 2), 3 * self.tick)
+        self._keys = [f"watch/{number}/{rank}" for rank in range(self.world)]
+        self._verdict_key = f"watch/{number}/verdict"
+        self._mine = State(self.rank, self.host, self.pid)
+        self._others: list[State] = []
+        self._suspicious, self._rounds, self._verdict = False, 0, ""
+        self._main = threading.get_ident()
+        self._meeting = meeting() if self.world > 1 else None
+        self._start(self._judge)
+        if self._meeting is not None:
+            self._start(self._talk)
+        return self
+
+    def _start(self, work: Any) -> None:
+        # Two threads: a call to a store whose process is frozen never returns, whatever its timeout says.
+        thread = threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if self._threads and self.world > 1 and isinstance(error, RuntimeError):
+            # A collective fails when another rank ends; that rank may have ended because of a verdict.
+            if self._mine.stood > self.patience / 2:
+                time.sleep(3 * self.tick)
+            if self._verdict:
+                self._end("", dump=False)
+        self._mine_ended = f"{kind.__name__}: {error}" if kind else ""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(1.0)  # it may hang in the store for ever
+        if self.folder is not None:
+            self.section = "failed" if kind else "ended"
+            with suppress(BaseException):
+                self._beat(time.monotonic())
+
+    def _judge(self) -> None:
+        """Sees whether the training thread moves, and if it does not, whose fault that is."""
+        seen, rounds, unanswered = -1, -1, 0.0
+        before = time.monotonic()
+        while not self._over.wait(self.tick):
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * self.tick), now
+            mine = self._mine
+            if self.moves != seen:
+                seen, mine.stood = self.moves, 0.0
+            else:
+                mine.stood += passed
+            mine.step, mine.section, mine.moves, mine.limit = self.step, self.section, seen, self.limit()
+            mine.collective, mine.where = self._look() if mine.stood > 2 * self.tick else ("", "")
+            unanswered = unanswered + passed if self._rounds == rounds else 0.0
+            rounds = self._rounds
+            if self._verdict:
+                self._over.wait(2 * self.tick)  # rank 0 holds the store: the others must have read it
+                self._end("", dump=False)
+            self._suspicious = mine.stood > self.patience - self.grace
+            # The lowest rank that is alive speaks: each waits a little longer than the one before.
+            if mine.stood <= self.patience + 2 * self.tick * min(self.rank, 4):
+                continue
+            if self._meeting is not None and unanswered > self.grace:
+                if mine.stood > mine.limit:
+                    self._end(
+                        f"{mine} has stood still in `{mine.section}` of step {mine.step} for "
+                        f"{mine.stood:.0f} s{_in(mine)}; rank 0 ({self._meeting.leader}), where all "
+                        "ranks meet, does not answer: it is frozen, or dead, or cut off",
+                        dump=self.rank == 1,
+                    )
+                continue
+            culprits = who(self._others or [mine], mine.stood, self.grace)
+            if culprits:
+                self._pronounce(culprits)
+
+    def _look(self) -> tuple[str, str]:
+        """Which collective the training thread waits in, if any, and the line it stands at."""
+        frames = sys._current_frames()
+        frame = frames.get(self._main)
+        collective, where = read_stack(frame)
+        if not collective and frame is not None and frame.f_code.co_name == "_engine_run_backward":
+            # On a GPU autograd's own threads run the hooks that reduce gradients.
+            for other in frames.values():
+                collective = collective or read_stack(other)[0]
+        return collective, where
+
+    def _talk(self) -> None:
+        """Publishes this rank's state, reads the verdict and, when something is wrong, everybody's state."""
+        assert self._meeting is not None
+        counters: dict[int, int] = {}
+        silent: dict[int, float] = {}
+        before = time.monotonic()
+        over = False
+        try:
+            store = self._meeting.connect(timedelta(seconds=30))
+            while not over:
+                over = self._over.wait(self.tick)
+                self._mine.beat += 1
+                self._mine.ended = self._mine_ended if over else ""
+                store.set(self._keys[self.rank], json.dumps(asdict(self._mine)))
+                if not self._verdict and store.check([self._verdict_key]):
+                    self._verdict = store.get(self._verdict_key).decode()
+                now = time.monotonic()
+                passed, before = min(now - before, 2 * self.tick), now
+                if not self._suspicious:
+                    self._others, counters, silent = [], {}, {}
+                    self._rounds += 1
+                    continue
+                if not counters:  # multi_get waits for keys that nobody has set
+                    for key in self._keys:
+                        store.compare_set(key, "", "{}")
+                states = []
+                for rank, value in enumerate(store.multi_get(self._keys)):
+                    state = State(**{"rank": rank, **json.loads(value)})
+                    moved = counters.get(rank) != state.beat
+                    silent[rank] = 0.0 if moved else silent.get(rank, 0.0) + passed
+                    counters[rank], state.silent = state.beat, silent[rank]
+                    states.append(state)
+                self._others = states
+                self._rounds += 1
+        except RuntimeError:
+            return  # rank 0's process has gone; if training stands still the judge will say so
+
+    def _pronounce(self, culprits: list[State]) -> None:
+        """Says whose fault it is, unless another rank has, and ends."""
+        text = verdict(culprits, self._others or [self._mine])
+        guilty = any(state.rank == self.rank for state in culprits)
+        if self._meeting is not None:
+            store = self._meeting.connect(timedelta(seconds=5))
+            first = store.compare_set(self._verdict_key, "", text).decode() == text
+            if not first:
+                self._verdict = self._verdict or "said"
+            text = text if first else ""
+        if text:
+            _write(text)
+        if self._meeting is not None:
+            self._over.wait(3 * self.tick)
+        self._end("", dump=guilty or bool(text))
+
+    def _end(self, text: str, dump: bool) -> None:
+        """Ends this process, whatever its training thread is doing."""
+        last = threading.Timer(10.0, os._exit, (HUNG,))  # what is written below may block, too
+        last.daemon = True
+        last.start()
+        if text:
+            _write(text)
+        guilty = self._verdict and f"rank {self.rank} (" in self._verdict.partition(";")[0]
+        if dump or guilty:
+            faulthandler.dump_traceback(2)
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(HUNG)
+
+
+def _write(text: str) -> None:
+    """To stderr, past Python's own locks: the training thread may hold them."""
+    with suppress(OSError):
+        os.write(2, f"HUNG: {text}; ending with code {HUNG}\n".encode())
+
+
+def read_stack(frame: FrameType | None) -> tuple[str, str]:
+    """The collective that a thread waits in, or "", and the innermost line of it that is megachat's."""
+    collective = where = ""
+    while frame is not None and not where:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not collective and path.endswith("distributed/distributed_c10d.py"):
+            collective = name
+        if "/megachat/" in path and not path.endswith("train/watch.py"):
+            where = f"{path.rpartition('/')[2]}:{frame.f_lineno} in {name}"
+        frame = frame.f_back
+    return collective, where
+
+
+def who(states: list[State], waited: float, grace: float) -> list[State]:
+    """The ranks that hold up the others, or [] while they are within their limits.
+
+    A rank that does not answer comes first, then one that is in no collective, then the one that is behind.
+    `waited` is how long the reader has stood: a rank that does not answer has stood at least as long.
+    """
+
+    def order(state: State) -> tuple[int, ...]:
+        if state.silent > grace:
+            return (0,)
+        return (1, bool(state.collective), state.step, state.moves)
+
+    first = min(order(state) for state in states)
+    found = [state for state in states if order(state) == first]
+    stood = {state.rank: max(state.stood, waited if state.silent > grace else 0.0) for state in found}
+    return found if all(stood[state.rank] > state.limit for state in found) else []
+
+
+def verdict(culprits: list[State], states: list[State]) -> str:
+    """What stands still and who waits for it, in words."""
+    first, guilty = culprits[0], {state.rank for state in culprits}
+    if first.ended:
+        told = f"{first} has ended ({first.ended})"
+    elif first.silent:
+        told = f"{first} stands in `{first.section}` of step {first.step} and does not answer any more"
+        told += ": it is frozen, or dead, or holds Python's lock"
+    else:
+        told = f"{first} stands still in `{first.section}` of step {first.step} for {first.stood:.0f} s"
+        told += _in(first)
+    if len(culprits) > 1:
+        told += f", and so {'do' if len(culprits) > 2 else 'does'} {ranks(sorted(guilty - {first.rank}))}"
+    waiting: dict[str, list[int]] = {}
+    for state in states:
+        if state.rank not in guilty:
+            place = f"{state.collective or 'no collective'} (`{state.section}` of step {state.step})"
+            waiting.setdefault(place, []).append(state.rank)
+    for place, numbers in waiting.items():
+        told += f"; {ranks(numbers)} wait{'s' if len(numbers) == 1 else ''} in {place}"
+    return told
+
+
+def _in(state: State) -> str:
+    places = [*filter(None, (state.collective and f"waiting in {state.collective}", state.where))]
+    return f" ({', '.join(places)})" if places else ""
+
+
+def ranks(numbers: list[int]) -> str:
+    """Example: ranks([0, 1, 2, 5]) -> 'ranks 0-2, 5'"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' if len(numbers) > 1 else ''} {told}"
