@@ -248,7 +248,7 @@ class Watch:
                         dump=self.rank == 1,
                     )
                 continue
-            culprits = who(self._others or [mine], mine.stood, self.grace)
+            culprits = who(self._others or [mine], mine, self.grace)
             if culprits:
                 self._pronounce(culprits)
 
@@ -306,7 +306,8 @@ class Watch:
         guilty = any(state.rank == self.rank for state in culprits)
         if self._meeting is not None:
             store = self._meeting.connect(timedelta(seconds=5))
-            first = store.compare_set(self._verdict_key, "", text).decode() == text
+            signed = f"{text}; said by rank {self.rank}"  # two ranks may find the same words
+            first = store.compare_set(self._verdict_key, "", signed).decode() == signed
             if not first:
                 self._verdict = self._verdict or "said"
             text = text if first else ""
@@ -351,11 +352,11 @@ def read_stack(frame: FrameType | None) -> tuple[str, str]:
     return collective, where
 
 
-def who(states: list[State], waited: float, grace: float) -> list[State]:
+def who(states: list[State], reader: State, grace: float) -> list[State]:
     """The ranks that hold up the others, or [] while they are within their limits.
 
     A rank that does not answer comes first, then one that is in no collective, then the one that is behind.
-    `waited` is how long the reader has stood: a rank that does not answer has stood at least as long.
+    One that does not answer has stood for as long as the reader at least, whatever it last said of itself.
     """
 
     def order(state: State) -> tuple[int, ...]:
@@ -363,10 +364,13 @@ def who(states: list[State], waited: float, grace: float) -> list[State]:
             return (0,)
         return (1, bool(state.collective), state.step, state.moves)
 
+    def late(state: State) -> bool:
+        one = reader if state.silent > grace else state
+        return one.stood > one.limit
+
     first = min(order(state) for state in states)
     found = [state for state in states if order(state) == first]
-    stood = {state.rank: max(state.stood, waited if state.silent > grace else 0.0) for state in found}
-    return found if all(stood[state.rank] > state.limit for state in found) else []
+    return found if all(late(state) for state in found) else []
 
 
 def verdict(culprits: list[State], states: list[State]) -> str:

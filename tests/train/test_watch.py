@@ -1,0 +1,185 @@
+"""A run that stands still is ended, and says which rank it waited for; a slow rank is named."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megachat.parallel.mesh import HUNG
+from megachat.train.watch import State, ranks, verdict, who
+from tests.fault_table import record
+from tests.tiny_run import TINY, environment, make
+
+LIMITS = ["watch.hang=3", "watch.start=120", "watch.long=60", "tokens=10000000", "prefetch=0"]
+"""Three seconds in a step, and a run that would last for hours."""
+
+BLOCKED = """
+import os
+from megachat.train import pretrain
+share = pretrain.share
+def stuck(order, start, *place):
+    if os.environ["RANK"] == "1" and start >= 4 * 8:
+        {how}
+    return share(order, start, *place)
+pretrain.share = stuck
+"""
+"""Rank 1 does not come back from reading the data of step 5."""
+
+
+class Ranks:
+    """Processes that train together, started by hand."""
+
+    def __init__(self, run: Path, inputs: Path, *overrides: str, world: int = 2, before: str = "") -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder, self.logs = run / "pretrain", []
+        self.processes = []
+        run.mkdir(parents=True)
+        code = f"{before}\nfrom megachat.__main__ import main\nmain()"
+        places = [f"run={run}", f"inputs={inputs}"]
+        command = ["pretrain", "model=gpt_3m", *TINY, *LIMITS]
+        for rank in range(world):
+            self.logs.append(run / f"rank{rank}.log")
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            with self.logs[-1].open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", code, *command, *places, *overrides],
+                        stdout=log, stderr=log, env=environment() | place,
+                    )
+                )  # fmt: skip
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 300
+        while not (self.heartbeat() or {"step": 0})["step"] > step:
+            assert all(process.poll() is None for process in self.processes), self.said(0) + self.said(1)
+            assert time.monotonic() < deadline, "no progress"
+            time.sleep(0.05)
+
+    def heartbeat(self) -> dict[str, float] | None:
+        path = self.folder / "heartbeat.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def end(self, rank: int) -> int:
+        return self.processes[rank].wait(timeout=300)
+
+    def said(self, rank: int) -> str:
+        return self.logs[rank].read_text()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("watch") / "runs" / "inputs")
+
+
+def waiting(rank: int, **changed: object) -> State:
+    """A rank that has waited for 9 s in an all-reduce of step 7, of 5 s that it may."""
+    usual = State(rank, "a", section="sum", step=7, moves=70, stood=9.0, limit=5.0, collective="all_reduce")
+    return replace(usual, **changed)  # type: ignore[arg-type]
+
+
+def test_the_culprit_is_silent_or_in_no_collective_or_behind() -> None:
+    me = waiting(0)
+    silent, busy = waiting(1, silent=4.0, stood=0.0), waiting(2, collective="")
+    behind = waiting(3, section="forward", moves=67)
+    for culprit, others in ((silent, [busy, behind]), (busy, [behind]), (behind, [])):
+        assert who([me, culprit, *others], me, grace=3.0) == [culprit]
+    assert who([me, waiting(1)], me, grace=3.0) == [me, waiting(1)]  # the connection between them, then
+
+
+def test_a_rank_that_waits_for_a_slow_one_is_no_culprit() -> None:
+    me, slow = waiting(0), waiting(1, collective="", section="save", stood=8.0, limit=60.0)
+    assert who([me, slow], me, grace=3.0) == []
+    assert who([me, waiting(1, collective="", stood=0.1)], me, grace=3.0) == []  # it moves
+
+
+def test_the_verdict_names_who_waits_where() -> None:
+    stuck = waiting(4, pid=11, collective="", section="backward", where="loop.py:3 in loss")
+    states = [*(waiting(rank) for rank in range(4)), stuck, waiting(5, section="count", step=8)]
+    assert verdict([stuck], states) == (
+        "rank 4 (host a, pid 11) stands still in `backward` of step 7 for 9 s (loop.py:3 in loss); "
+        "ranks 0-3 wait in all_reduce (`sum` of step 7); rank 5 waits in all_reduce (`count` of step 8)"
+    )
+    assert ranks([0, 1, 2, 5]) == "ranks 0-2, 5"
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_by_the_other_which_ends(inputs: Path, run: Path, frozen: int) -> None:
+    with Ranks(run, inputs) as both:
+        both.wait_for_step(3)
+        both.processes[frozen].send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        other = 1 - frozen
+        assert both.end(other) == HUNG, both.said(other)
+        seconds = time.monotonic() - begun
+        said = both.said(other)
+    pid = both.processes[frozen].pid
+    if frozen == 1:
+        stuck = rf"rank 1 \(host \S+, pid {pid}\) stands in `\w+` of step \d+ and does not answer"
+        assert re.search(rf"HUNG: {stuck}.*; rank 0 waits in \w+ \(`\w+` of step \d+\); ending", said), said
+    else:
+        assert re.search(
+            rf"HUNG: rank 1 .*; rank 0 \(host \S+, pid {pid}\), where all ranks meet, does not answer", said
+        )
+    assert "Current thread" in said or "Thread 0x" in said, said
+    record("2 a rank is frozen", survived=True, seconds=seconds)
+    assert seconds < 30
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_rank_that_waits_for_the_disk_is_named_with_the_place(
+    inputs: Path, run: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "disk")
+    with Ranks(run, inputs, before=BLOCKED.format(how=f"open({str(tmp_path / 'disk')!r}).read()")) as both:
+        begun = time.monotonic()
+        assert (both.end(0), both.end(1)) == (HUNG, HUNG), both.said(0) + both.said(1)
+        seconds = time.monotonic() - begun
+        said = [both.said(0), both.said(1)]
+    pid = both.processes[1].pid
+    stuck = rf"rank 1 \(host \S+, pid {pid}\) stands still in `data` of step 5 for \d+ s"
+    stuck += r" \(pretrain\.py:\d+ in read\)"
+    assert len(re.findall("HUNG: ", said[0] + said[1])) == 1, said
+    assert re.search(
+        rf"HUNG: {stuck}; rank 0 waits in all_reduce \(`count` of step 5\); ending", said[0] + said[1]
+    ), said
+    assert re.search(r'File "<string>", line \d+ in stuck', said[1]), said[1]
+    beat = both.heartbeat()
+    assert beat is not None
+    assert beat["pid"] == both.processes[0].pid
+    assert beat["time"] < time.time() - 3, "it was written by somebody who does not train"
+    record("3 a rank waits for the disk", survived=True, seconds=seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_rank_that_holds_pythons_lock_in_c_is_named_by_the_other(inputs: Path, run: Path) -> None:
+    how = "import ctypes; ctypes.PyDLL(None).sleep(600)"
+    with Ranks(run, inputs, before=BLOCKED.format(how=how)) as both:
+        begun = time.monotonic()
+        assert both.end(0) == HUNG, both.said(0)
+        record("4 a rank holds the GIL", survived=True, seconds=time.monotonic() - begun)
+        assert re.search(r"HUNG: rank 1 .* does not answer any more: .* holds Python's lock", both.said(0)), (
+            both.said(0)
+        )
