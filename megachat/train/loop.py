@@ -279,6 +279,7 @@ def fit(task: Task) -> None:
             run.progress.step += 1
             meter.add(sums, rate)
             bar.update()
+            watch.at("poll")
             saver.poll()
             last = run.progress.step == run.total
             if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
@@ -296,14 +297,17 @@ def fit(task: Task) -> None:
             if task.may_stop(run):
                 stopping = mesh.any(stop.requested)
                 if (saver.due(run.progress.step) and not last) or stopping:
+                    watch.at("save")
                     saver.save(asdict(run.progress))
                 if stopping and not last:
+                    watch.at("save")
                     saver.finish()
                     say(
                         f"{task.name}: asked to stop; saved at step {saver.step}, "
                         "the same command goes on from there"
                     )
                     return
+        watch.at("save")
         saver.finish()
         if saver.step != run.progress.step:
             saver.save(asdict(run.progress))
