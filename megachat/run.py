@@ -219,6 +219,9 @@ def finished(folder: Path) -> dict[str, Any]:
         return done
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        path = folder / "done.json"
+        raise ValueError(f"{path} is not JSON ({error}); delete it and run the stage again") from None
 
 
 def finish(stage: Stage, seconds: float) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megachat import __version__
-from megachat.config import decode
+from megachat.config import ConfigError, decode
 from megachat.files import patiently, sha256, write_json
 from megachat.log import say
 from megachat.model.gpt import GPT
@@ -275,7 +275,10 @@ def load_weights(
         raise ValueError(
             f"{checkpoint.path} has no {role!r}; it has {sorted(checkpoint.manifest['architecture'])}"
         )
-    model = build(checkpoint.manifest["architecture"][role])
+    try:
+        model = build(checkpoint.manifest["architecture"][role])
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint.path / MANIFEST} does not describe a model: {error}") from None
     read = checkpoint.reader(role)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -50,6 +50,8 @@ class Progress:
     """Tokens passed through the trained model by all ranks together."""
     seconds: float = 0.0
     """Time spent in this stage, earlier attempts included."""
+    validated: int = 0
+    """The step of the last validation."""
     data: dict[str, Any] = field(default_factory=dict)
     """What `samples` counts: which data in which order, for stages that can tell when it has changed."""
 
@@ -265,8 +267,21 @@ def fit(task: Task) -> None:
             background=task.checkpoint_background,
             step=None if saved is None else run.progress.step,
         )
+
+        def validate() -> None:
+            watch.at("validation")
+            run.notes |= {f"validation/{name}": value for name, value in task.measure(run).items()}
+            watch.at("sample")
+            recorder.sample(run.progress.step, task.show(run))
+            run.progress.validated = run.progress.step
+
+        stopping = mesh.any(stop.requested)  # while models and data were prepared
+        if _validation_due(task, run) and not stopping:  # an earlier attempt was asked to stop before it
+            validate()
+            recorder.row({"step": run.progress.step, **run.notes})
+            run.notes.clear()
         steps = task.batches(run)
-        while run.progress.step < run.total:
+        while run.progress.step < run.total and not stopping:
             watch.at("data", run.progress.step + 1)
             _reseed(task.seed, run)
             batches = next(steps)
@@ -281,12 +296,10 @@ def fit(task: Task) -> None:
             bar.update()
             watch.at("poll")
             saver.poll()
+            stopping = task.may_stop(run) and mesh.any(stop.requested)
             last = run.progress.step == run.total
-            if last or (task.validation_interval and run.progress.step % task.validation_interval == 0):
-                watch.at("validation")
-                run.notes |= {f"validation/{name}": value for name, value in task.measure(run).items()}
-                watch.at("sample")
-                recorder.sample(run.progress.step, task.show(run))
+            if _validation_due(task, run) and not stopping:
+                validate()
             watch.at("log")
             run.progress.seconds = time.monotonic() - begun
             if last or run.notes or run.progress.step % task.log.interval == 0:
@@ -294,21 +307,15 @@ def fit(task: Task) -> None:
                 row = meter.report(run.progress.seconds)
                 recorder.row(row)
                 bar.set_postfix_str(_short(row), refresh=False)
-            if task.may_stop(run):
-                stopping = mesh.any(stop.requested)
-                if (saver.due(run.progress.step) and not last) or stopping:
-                    watch.at("save")
-                    saver.save(asdict(run.progress))
-                if stopping and not last:
-                    watch.at("save")
-                    saver.finish()
-                    say(
-                        f"{task.name}: asked to stop; saved at step {saver.step}, "
-                        "the same command goes on from there"
-                    )
-                    return
+            if stopping or (saver.due(run.progress.step) and task.may_stop(run) and not last):
+                watch.at("save")
+                saver.save(asdict(run.progress))
         watch.at("save")
         saver.finish()
+        if stopping:
+            saved_at = "nothing is saved yet" if saver.step is None else f"saved at step {saver.step}"
+            say(f"{task.name}: asked to stop; {saved_at}, the same command goes on from there")
+            return
         if saver.step != run.progress.step:
             saver.save(asdict(run.progress))
             saver.finish()
@@ -398,6 +405,13 @@ class _Meter:
         return row
 
 
+def _validation_due(task: Task, run: Running) -> bool:
+    """At each interval and at the end, once."""
+    step, interval = run.progress.step, task.validation_interval
+    at_one = step == run.total or bool(interval and step % interval == 0)
+    return 0 < step != run.progress.validated and at_one
+
+
 def _short(row: dict[str, float | int | None]) -> str:
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.0%}"
     extra = [
@@ -427,7 +441,10 @@ def restore(saved: checkpoint.Checkpoint, run: Running) -> Progress:
 
     Returns how far they are. Before `checkpoint.newest` in the middle of a run, `saver.finish()`.
     """
-    progress = Progress(**saved.manifest["progress"])
+    try:
+        progress = Progress(**saved.manifest["progress"])
+    except TypeError as error:
+        raise ValueError(f"{saved.path} was written by another version of megachat: {error}") from None
     for role, engine in run.engines.items():
         saved.check_shapes(role, engine.tensors())
         counted = saved.manifest.get("optimizer_steps", {}).get(role, progress.step)
