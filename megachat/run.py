@@ -43,6 +43,8 @@ class Stage(Config):
 
     name: ClassVar[str]
     """What it is called on the command line, in `conf/`, and in the run folder."""
+    place: ClassVar[str | None] = None
+    """The folder of the run that it writes, where that is not called as it is."""
     trains: ClassVar[bool] = False
     """Whether it starts one process per visible GPU, and does its own bookkeeping on rank 0."""
     recorded: ClassVar[bool] = True
@@ -89,7 +91,7 @@ class Stage(Config):
     @property
     def folder(self) -> Path:
         """Where this stage writes."""
-        return self.run / self.name
+        return self.run / (self.place or self.name)
 
     @property
     def tree(self) -> dict[str, Any]:

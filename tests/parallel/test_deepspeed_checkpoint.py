@@ -5,7 +5,6 @@ them does: a (2, 3) holds 0 to 5 and b (3,) holds 6 to 8; moments are the same a
 """
 
 import os
-from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, arange, nn, tensor, zeros
+from torch import Tensor, arange, tensor, zeros
 from torch.testing import assert_close
 
-from megachat.model.gpt import GPT, GPTConfig
 from megachat.parallel.deepspeed_checkpoint import Source, cut, joined, open_source, owners
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import start
 from megachat.train.optimizers import AdamW
 from tests.spawn import on_ranks
+from tests.tiny_deepspeed import TINY, VOCAB, convert, deepspeed_engine, save, train
 
 SHAPES = OrderedDict(a=torch.Size([2, 3]), b=torch.Size([3]))
 MORE = {"weight": 0, "exp_avg": 10, "exp_avg_sq": 20}
@@ -43,15 +42,16 @@ def model_states(zero: int, **other: Any) -> dict[str, Any]:
         "module": OrderedDict(module), "buffer_names": [], "optimizer": None,
         "param_shapes": [SHAPES] if zero else None,
         "frozen_param_shapes": None, "frozen_param_fragments": None, "shared_params": {},
-        "data_sampler": None, "skipped_steps": 1, "global_steps": 5, "mp_world_size": 1,
+        "data_sampler": None, "skipped_steps": 2, "global_steps": 5, "mp_world_size": 1,
         "ds_config": {"zero_optimization": {"stage": zero}},
     } | other  # fmt: skip
 
 
 def write(folder: Path, zero: int) -> Path:
-    """A checkpoint of a step 4, over two ranks with ZeRO; returns the folder of its files."""
+    """A checkpoint of step 3 (its optimizer took one more to make its state), over two ranks with ZeRO; returns the folder of its files."""
     files = folder / "global_step5"
     files.mkdir(parents=True)
+    gap = 2 if zero == 2 else 0  # between a and b
     (folder / "latest").write_text("global_step5")
     state = {0: {"step": tensor(4.0)} | {kind: expected(kind)["a"] for kind in ADAM}}
     state[1] = {"step": tensor(4.0)} | {kind: expected(kind)["b"] for kind in ADAM}
@@ -69,16 +69,19 @@ def write(folder: Path, zero: int) -> Path:
                 for kind in MORE
             }
             torch.save(model_states(3), files / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-        else:  # nine numbers and three zeros are cut 6 + 6, and the weights leave the zeros out
-            held = {kind: torch.cat([flat(kind), zeros(3)])[6 * rank :][:6] for kind in MORE}
-            held["weight"] = held["weight"][: 6 - 3 * rank]
+        else:  # nine numbers and three zeros are cut 6 + 6, and the weights leave the zeros at the end out
+            held = {
+                kind: torch.cat([flat(kind)[:6], zeros(gap), flat(kind)[6:], zeros(3 - gap)])[6 * rank :][:6]
+                for kind in MORE
+            }
+            held["weight"] = held["weight"][: 6 - (3 - gap) * rank]
         base = {"state": {0: {"step": tensor(4.0)} | {kind: held[kind] for kind in ADAM}}, "param_groups": []}
         if zero == 3:
             inner = {"partition_count": 2, "optimizer_state_dict": base, "fp32_flat_groups": [held["weight"]]}
         else:
             inner = {
-                "partition_count": [2], "group_paddings": [3 * rank], "base_optimizer_state": base,
-                "single_partition_of_fp32_groups": [held["weight"]], "param_alignment_paddings": [[0, 0]],
+                "partition_count": [2], "group_paddings": [(3 - gap) * rank], "base_optimizer_state": base,
+                "single_partition_of_fp32_groups": [held["weight"]], "param_alignment_paddings": [[gap, 0]],
             }  # fmt: skip
         torch.save({"optimizer_state_dict": inner}, files / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     return files
@@ -106,7 +109,7 @@ def change(path: Path, edit: Callable[[Any], Any]) -> None:
 
 def check(source: Source) -> None:
     """It is what was written."""
-    assert (source.step, source.optimizer_steps, source.moments) == (4, 4, ADAM)
+    assert (source.step, source.optimizer_steps, source.moments) == (3, 4, ADAM)
     for kind in MORE:
         for name, value in expected(kind).items():
             assert torch.equal(source.read(name, kind, SHAPES[name]), value), f"{name} ({kind})"
@@ -347,82 +350,6 @@ def test_another_shape_is_told_with_both(tmp_path: Path) -> None:
 
 
 # DeepSpeed's own.
-
-
-TINY = GPTConfig(
-    dim=20, layers=2, heads=2, kv_heads=2, head_dim=8, hidden=18, context=16,
-    rope_base=1e4, qk_norm=True, tied=True, norm_eps=1e-6, dropout=0.0,
-)  # fmt: skip
-"""Sizes that two ranks do not divide: 20 x 53 in the embedding, norms of 20 and 8."""
-VOCAB = 53
-
-
-def deepspeed_engine(config: dict[str, Any], frozen: bool = False) -> Any:
-    """DeepSpeed's engine around our model, as somebody would have used it."""
-    import deepspeed
-
-    from megachat.parallel.engine import _quiet  # it also keeps DeepSpeed from compiling for 90 s
-
-    torch.manual_seed(0)
-    model: GPT = TINY.build(VOCAB)
-    model.norm.requires_grad_(not frozen)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": 0.1},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    common = {
-        "train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
-    with _quiet():
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=groups,
-            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)),
-            config=common | config,
-            dist_init_required=False,
-        )
-    return engine
-
-
-def train(engine: Any, steps: range, data_rank: int) -> list[float]:
-    """Takes steps; the loss of each."""
-    losses = []
-    for step in steps:
-        draw = torch.Generator().manual_seed(100 * step + data_rank)
-        tokens = torch.randint(VOCAB, (2, 13), generator=draw)
-        logits = engine(tokens[:, :-1]).float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-def save(engine: Any, folder: Path) -> None:
-    from megachat.parallel.engine import _quiet
-
-    with _quiet():
-        engine.save_checkpoint(str(folder))
-
-
-def convert(folder: Path) -> Path:
-    """`ds_to_universal`, as on the command line."""
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    from megachat.parallel.engine import _quiet
-
-    files = folder / (folder / "latest").read_text()
-    out = folder.parent / "universal" / f"{files.name}_universal"
-    with _quiet():
-        main(
-            Namespace(
-                input_folder=str(files), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
-                keep_temp_folder=False, strict=True, inject_missing_state=True,
-            )
-        )  # fmt: skip
-    return out
 
 
 def held(engine: Any) -> dict[str, Tensor]:
