@@ -48,7 +48,10 @@ def model_states(zero: int, **other: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, zero: int) -> Path:
-    """A checkpoint of step 3 (its optimizer took one more to make its state), over two ranks with ZeRO; returns the folder of its files."""
+    """A checkpoint of step 3, over two ranks with ZeRO; returns the folder of its files.
+
+    Its optimizer took one step more to create its state, as those of DeepSpeed's bf16 with ZeRO 0 do.
+    """
     files = folder / "global_step5"
     files.mkdir(parents=True)
     gap = 2 if zero == 2 else 0  # between a and b
