@@ -215,6 +215,7 @@ class PPO(Task):
                     yield [_taken(*everything, part) for part in chosen.split(self.micro_batch)]
 
     def _sample(self, run: Running, number: int) -> Rollout:
+        run.watch.at("rollout")
         share = self.rollout // run.mesh.data
         first = number * self.rollout + run.mesh.data_rank * share
         asked = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, first, share)]

@@ -72,6 +72,7 @@ def sample(
     answered: list[Rendered] = []
     with run.engines["model"].inference() as model:
         for some in parts(prompts, at_once):
+            run.watch.at("rollout")
             answers = generate(
                 model, some, sampling, {run.tokenizer.end}, None, run.tokenizer.pad, synced=run.synced
             )

@@ -190,6 +190,15 @@ class Mesh:
         dist.broadcast_object_list(told, src=0)
         return told[0]
 
+    def each(self, value: float) -> list[float]:
+        """One number from every rank, in order of rank: `gather` in a single small collective."""
+        if self.world == 1:
+            return [value]
+        there = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        there[self.rank] = value
+        dist.all_reduce(there)
+        return list(there.tolist())
+
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world > 1:
@@ -305,6 +314,13 @@ _meeting: Meeting | None = None
 def meeting() -> Meeting | None:
     """Where the ranks of this process's job have met; None for a process alone."""
     return _meeting
+
+
+def place(rank: int) -> str:
+    """Where a rank runs: its host and process."""
+    if _meeting is None:
+        return f"host {socket.gethostname()}"
+    return str(dist.PrefixStore(_attempt(), _meeting.store).get(f"came/{rank}").decode())
 
 
 def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) -> Mesh:

@@ -292,6 +292,7 @@ def fit(task: Task) -> None:
                 saver.finish()
                 raise
             run.progress.step += 1
+            watch.stepped(run.progress.step)
             meter.add(sums, rate)
             bar.update()
             watch.at("poll")
@@ -398,6 +399,7 @@ class _Meter:
             "mfu": None if peak is None else speed * self.flops / peak,
             "memory_gib": memory_gib(self.run.mesh.device),
             "seconds": seconds,
+            **self.run.watch.figures,
             **self.run.notes,
         }
         self.run.notes.clear()

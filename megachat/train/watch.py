@@ -19,9 +19,11 @@ import json
 import math
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -29,16 +31,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, NonNegativeFloat
 
 from megachat.config import Config
 from megachat.log import say
-from megachat.parallel.mesh import HUNG, Mesh, meeting
+from megachat.parallel.mesh import HUNG, Mesh, meeting, place
 
 LONG = frozenset(("load", "prepare", "save", "validation", "sample", "rollout", "finish"))
 """Sections that may take long."""
 
 HEARTBEAT = "heartbeat.json"
+
+WINDOW = 10
+"""Steps between two comparisons of the ranks."""
+OWN = frozenset(("data", "forward"))
+"""Sections in which a rank works by itself. Collectives inside the model (ZeRO 3, tensor parallelism) make
+all ranks as slow as the slowest; then only reading data tells them apart."""
+NEGLIGIBLE = 0.005
+"""Seconds by which a step may be slower without anybody being named."""
 
 
 class Watching(Config):
@@ -51,7 +62,7 @@ class Watching(Config):
     long: NonNegativeFloat
     """Seconds for saving, loading, a validation, a rollout."""
     slow: Annotated[float, Field(ge=0)]
-    """A rank is named that takes so many times as long as the others do; 0: none is."""
+    """A rank is named that reads data and computes so many times as long as the others; 0: none is."""
 
     @property
     def patience(self) -> float:
@@ -108,6 +119,11 @@ class Watch:
         self.settled = False
         """Whether the first step of this attempt is over."""
         self.since = time.monotonic()
+        self.figures: dict[str, float] = {}
+        """How the ranks compared at last, for the log."""
+        self._mesh, self._steps, self._named = mesh, deque[float](maxlen=WINDOW), dict[int, int]()
+        self._own = 0.0
+        self._events: list[Any] | None = [] if mesh and mesh.device.type == "cuda" else None
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.folder: Path | None = None
         self.attempt: int | None = None
@@ -120,6 +136,12 @@ class Watch:
     def at(self, section: str, step: int | None = None) -> None:
         """The training thread begins a part of a step; called often, so it does next to nothing."""
         now = time.monotonic()
+        if self._events is not None and "forward" in (section, self.section):
+            # A GPU works on while Python is elsewhere: it notes the time itself.
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        elif self.section in OWN:
+            self._own += now - self.since
         self.section, self.since = section, now
         if step is not None:
             self.settled = self.settled or self.step > 0
@@ -143,6 +165,35 @@ class Watch:
             settings.start if not self.settled else settings.long if self.section in LONG else settings.hang
         )
         return seconds or math.inf
+
+    def stepped(self, step: int) -> None:
+        """The end of a step. Now and then all ranks compare how long each has worked for itself."""
+        if self._events:
+            self._events[-1].synchronize()
+            pairs = zip(self._events[::2], self._events[1::2], strict=False)
+            self._own += sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+            self._events.clear()
+        self._steps.append(self._own)
+        self._own = 0.0
+        if (
+            self._mesh is None
+            or self.world == 1
+            or step % WINDOW
+            or not (self.settings and self.settings.slow)
+        ):
+            return
+        # The median: a single step may take long for many reasons.
+        rank, seconds, usual = slowest(self._mesh.each(statistics.median(self._steps)))
+        ratio = seconds / max(usual, 1e-9)
+        self.figures = {"watch/slowest_rank": rank, "watch/slowest_ratio": ratio}
+        late = ratio >= self.settings.slow and seconds - usual >= NEGLIGIBLE
+        if late and step - self._named.get(rank, -math.inf) >= 100 * WINDOW:
+            self._named[rank] = step
+            if self.rank == 0:
+                say(
+                    f"SLOW: rank {rank} ({place(rank)}) takes {ratio:.1f}x the others' time to read and "
+                    f"compute: {seconds:.3g} s a step against {usual:.3g} s, as of step {step}; they wait"
+                )
 
     def _beat(self, now: float) -> None:
         self._beaten = now
@@ -350,6 +401,13 @@ def read_stack(frame: FrameType | None) -> tuple[str, str]:
             where = f"{path.rpartition('/')[2]}:{frame.f_lineno} in {name}"
         frame = frame.f_back
     return collective, where
+
+
+def slowest(seconds: list[float]) -> tuple[int, float, float]:
+    """The slowest rank, its time, and the median of the others'. Example: [1, 2, 9] -> (2, 9, 1.5)"""
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    others = seconds[:rank] + seconds[rank + 1 :]
+    return rank, seconds[rank], statistics.median(others)
 
 
 def who(states: list[State], reader: State, grace: float) -> list[State]:

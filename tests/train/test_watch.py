@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from megachat.parallel.mesh import HUNG
-from megachat.train.watch import State, ranks, verdict, who
+from megachat.train.watch import State, ranks, slowest, verdict, who
 from tests.fault_table import record
-from tests.tiny_run import TINY, environment, make
+from tests.tiny_run import TINY, environment, make, rows
 
 LIMITS = ["watch.hang=3", "watch.start=120", "watch.long=60", "tokens=10000000", "prefetch=0"]
 """Three seconds in a step, and a run that would last for hours."""
@@ -119,6 +119,37 @@ def test_the_verdict_names_who_waits_where() -> None:
         "ranks 0-3 wait in all_reduce (`sum` of step 7); rank 5 waits in all_reduce (`count` of step 8)"
     )
     assert ranks([0, 1, 2, 5]) == "ranks 0-2, 5"
+
+
+def test_the_slowest_is_compared_with_the_median_of_the_others() -> None:
+    assert slowest([1.0, 2.0, 9.0]) == (2, 9.0, 1.5)
+    assert slowest([3.0, 1.0]) == (0, 3.0, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("where", ["pretrain.share", "pretrain.Pretrain.loss"])
+def test_a_slow_rank_is_named_within_twenty_steps(inputs: Path, run: Path, where: str) -> None:
+    slow = f"""
+import os, time
+from megachat.train import pretrain
+usual = {where}
+def slow(*arguments):
+    time.sleep(0.2 if os.environ["RANK"] == "1" else 0.0)
+    return usual(*arguments)
+{where} = slow
+"""
+    with Ranks(run, inputs, "max_steps=20", "log.interval=5", before=slow) as both:
+        assert (both.end(0), both.end(1)) == (0, 0), both.said(0) + both.said(1)
+        pid = both.processes[1].pid
+        found = re.findall(rf"SLOW: (rank 1) \(host \S+, pid {pid}\) .* as of step (\d+);", both.said(0))
+    assert found, both.said(0)
+    assert found[0][1] in ("10", "20")
+    assert "SLOW" not in both.said(1)
+    last = rows(run)[-1]
+    assert last["watch/slowest_rank"] == 1
+    assert last["watch/slowest_ratio"] > 1.5
+    record("18 a slow rank", survived=True, lost=0)
 
 
 @pytest.mark.slow
