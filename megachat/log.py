@@ -90,6 +90,10 @@ UNITS = {"loss": "loss_nats", "seconds": "elapsed_seconds"}
 """Names on the dashboard where the short one does not say its unit."""
 
 
+PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0}
+"""Seconds that W&B may take to begin a run and to end it; WANDB_INIT_TIMEOUT and its like say otherwise."""
+
+
 class Recorder:
     """A stage's figures: `metrics.jsonl` and `samples.jsonl` in its folder, and a W&B run.
 
@@ -132,7 +136,7 @@ class Recorder:
             "id": json.loads(identity.read_text())["id"],
             "resume": "allow",
             "config": redact(stage.tree),
-            "settings": wandb.Settings(silent=True, console="off"),
+            "settings": wandb.Settings(silent=True, console="off", **_patience(wandb.Settings.model_fields)),
         }
         try:
             self.wandb = wandb.init(mode=mode, **settings)
@@ -141,6 +145,7 @@ class Recorder:
                 raise
             say(f"{stage.name}: W&B cannot be reached ({why}), so this run is recorded offline")
             mode = "offline"
+            wandb.teardown()  # its process still holds the run's id, and would refuse it
             self.wandb = wandb.init(mode=mode, **settings)
         if mode == "offline":
             folder = Path(self.wandb.dir).parent
@@ -192,6 +197,15 @@ class Recorder:
             if self.samples:
                 self.wandb.log({"samples": wandb.Table(columns=["step", "text"], data=self.samples)})
             self.wandb.finish(exit_code=1 if failure else 0)
+
+
+def _patience(known: Iterable[str]) -> dict[str, float]:
+    """How long W&B may wait for its server, of the settings that its version has: the GPUs wait with it."""
+    return {
+        name: seconds
+        for name, seconds in PATIENCE.items()
+        if name in known and f"WANDB_{name.upper()}" not in os.environ
+    }
 
 
 def chosen_mode() -> Literal["online", "offline", "disabled"]:
