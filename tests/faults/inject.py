@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHECKPOINT = re.compile(r"checkpoints/step-(\d+)(\.tmp)?(?:/|$)")
+CHECKPOINT = re.compile(r"checkpoints/step-(\d+)(\.[\w.]*tmp)?(?:/|$)")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class Injector:
         found = CHECKPOINT.search(os.fspath(arguments[0]) if event == "os.rename" else path)
         if not found:
             return
-        step, unfinished, name = int(found[1]), bool(found[2]), os.path.basename(path)
+        step, unfinished, name = int(found[1]), found[2] or "", os.path.basename(path)
         if event == "os.mkdir" and unfinished:
             self.reach("save:folder", step)
         elif event == "open" and unfinished and name.startswith("tensors-"):
@@ -282,7 +282,7 @@ class Injector:
             self.reach("save:manifest", step)
         elif event == "os.rename" and unfinished and name.startswith("step-"):
             self.reach("save:rename", step)
-        elif event == "shutil.rmtree" and not unfinished:
+        elif event == "shutil.rmtree" and unfinished == ".old.tmp":
             self.deleting = 1
 
 

@@ -14,8 +14,7 @@ from tests.faults.ranks import Attempt, Story, weights
 pytestmark = pytest.mark.faults
 
 INTERVAL = 2
-SAVING = f"checkpoint_interval={INTERVAL}"
-LONG = (SAVING, "tokens=6144")  # 24 steps
+LONG = (f"checkpoint_interval={INTERVAL}", "checkpoint_background=false", "tokens=6144")  # 24 steps
 
 
 def survived(name: str, story: Story, straight: Straight, limit: int = INTERVAL) -> None:
@@ -98,9 +97,27 @@ def test_a_kill_at_any_phase_of_saving_leaves_a_checkpoint_to_go_on_from(
     assert [name for name in left if name.startswith("step-")] == ["step-00000022", "step-00000024"]
 
 
+def test_a_rank_that_dies_while_a_checkpoint_is_written_in_the_background_costs_no_more_than_two_intervals(
+    start: Start, straight: Straight
+) -> None:
+    settings = (f"checkpoint_interval={INTERVAL}", "checkpoint_background=true", "tokens=6144")
+    story = start(*settings).go(
+        [Fault("save:shard", "kill", rank=0)],
+        [Fault("save:shard", "kill", rank=1)],
+        [Fault("save:shard", "sleep", value=1), Fault("backward", "kill", step=5, rank=1)],
+        [Fault("stepped", "limit", step=9, rank=1, value=100_000)],
+        [Fault("save:manifest", "kill")],
+        [Fault("save:rename", "kill", step=14)],
+        [Fault("save:delete", "kill")],
+    )
+    assert all(any(attempt.codes) for attempt in story.attempts[:-1])
+    survived("10 killed while saving in the background", story, straight, limit=2 * INTERVAL)
+
+
 def test_no_sample_is_read_twice_or_left_out_whenever_a_rank_dies(start: Start, straight: Straight) -> None:
     settings = (
         "checkpoint_interval=3",
+        "checkpoint_background=false",
         "tokens=15360",
         "validation_windows=1",
     )  # 60 steps: into the second epoch
