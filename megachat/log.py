@@ -199,7 +199,7 @@ class Recorder:
             self.wandb.finish(exit_code=1 if failure else 0)
 
 
-def _patience(known: Iterable[str]) -> dict[str, float]:
+def _patience(known: Iterable[str]) -> dict[str, Any]:
     """How long W&B may wait for its server, of the settings that its version has: the GPUs wait with it."""
     return {
         name: seconds
