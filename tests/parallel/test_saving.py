@@ -21,8 +21,9 @@ from megachat.parallel.attempt import Superseded, claim
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import start
 from megachat.parallel.saving import Saver, deal, write_tensors
+from megachat.run import perform
 from tests.spawn import on_ranks
-from tests.tiny_run import make, pretrain
+from tests.tiny_run import make, pretrain, rows
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +274,38 @@ def test_two_ranks_write_half_each_and_agree_that_one_has_failed(tiny: Path, tmp
         assert writes.step == 1
     writes.mesh.barrier()
     assert names(tmp_path) == ["latest.json", "step-00000001"]
+
+
+@pytest.mark.slow
+@on_ranks(1)
+def test_a_failed_save_is_an_alarm_the_training_goes_on_and_the_last_one_must_succeed(
+    tiny: Path, tmp_path: Path
+) -> None:
+    whole = saving.write_tensors
+    fails = [True]
+
+    def sometimes(*arguments: Any) -> saving.Files:
+        if fails[0]:
+            fails[0] = False
+            raise OSError(28, "No space left on device")
+        return whole(*arguments)
+
+    saving.write_tensors = sometimes
+    run = tmp_path / "once"
+    perform(pretrain(run, f"inputs={tiny}", "checkpoint_interval=4", "seed=0"))
+    assert (run / "pretrain" / "done.json").exists()
+    logged = rows(run)
+    assert len(logged) == 12
+    assert [row["checkpoint/failed"] for row in logged if "checkpoint/failed" in row] == [1]
+    (written,) = [row for row in logged if "checkpoint/bytes" in row]  # the second; the third is the last
+    assert written["checkpoint/stall"] <= written["checkpoint/seconds"]
+    saved = sorted(path.name for path in (run / "pretrain" / "checkpoints").iterdir())
+    assert saved == ["latest.json", "step-00000008", "step-00000012"]
+
+    def always(*_: Any) -> saving.Files:
+        raise OSError(28, "No space left on device")
+
+    saving.write_tensors = always
+    with pytest.raises(ValueError, match=r"the final checkpoint of pretrain could not be written"):
+        perform(pretrain(tmp_path / "never", f"inputs={tiny}"))
+    assert not (tmp_path / "never" / "pretrain" / "done.json").exists()
