@@ -65,7 +65,7 @@ def _run(stage: str, overrides: Sequence[str]) -> None:
 
 def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
     """Decodes the whole config before anything runs, then runs it here, or in one process per visible GPU."""
-    from megachat.run import Stage, perform, refuse
+    from megachat.run import Stage, Superseded, perform, refuse
 
     stage = Stage.of(tree)
     try:
@@ -84,7 +84,7 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
         print(f"megachat {command[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and not isinstance(error, Superseded):
             refuse(stage, str(error))
         if os.environ.get("MEGACHAT_TRACEBACK"):
             raise

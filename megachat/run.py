@@ -29,6 +29,10 @@ APART = (
 """Files that tell how a stage went and are no output: later stages do not depend on them."""
 
 
+class Superseded(ValueError):
+    """A newer start of the same stage has taken over: this one must write nothing more."""
+
+
 class Stage(Config):
     """One step of the pipeline. A subclass adds its settings, `reads`, and `execute`."""
 
@@ -137,6 +141,8 @@ def perform(stage: Stage) -> None:
             started = time.monotonic()
             stage.execute()
             finish(stage, time.monotonic() - started)
+    except Superseded:
+        raise
     except BaseException:
         put_back(stage)
         raise

@@ -1,4 +1,4 @@
 """The only package that knows there is more than one process.
 
-Read mesh, tensor, engine, checkpoint, in that order.
+Read mesh, tensor, engine, checkpoint, saving, in that order.
 """

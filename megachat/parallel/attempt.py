@@ -14,12 +14,9 @@ from typing import Any
 
 from megachat.files import write_json
 from megachat.parallel.mesh import Mesh
+from megachat.run import Superseded
 
 FILE = "attempt.json"
-
-
-class Superseded(ValueError):
-    """A newer start of the same run has taken over: this one must write nothing more."""
 
 
 @dataclass(frozen=True)

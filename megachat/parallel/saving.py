@@ -24,10 +24,11 @@ from torch import Tensor
 
 from megachat.files import fsync, remove, sweep, write_json
 from megachat.log import say
-from megachat.parallel.attempt import Attempt, Superseded
+from megachat.parallel.attempt import Attempt
 from megachat.parallel.checkpoint import SAVED, steps, write_manifest
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
+from megachat.run import Superseded
 
 FILE_BYTES = 2**30
 """A file of tensors is written whenever so much is held, which bounds host memory."""

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megachat.parallel import checkpoint, saving
-from megachat.parallel.attempt import Superseded, claim
+from megachat.parallel.attempt import claim
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import start
 from megachat.parallel.saving import Saver, deal, write_tensors
-from megachat.run import perform
+from megachat.run import Superseded, perform
 from tests.spawn import on_ranks
 from tests.tiny_run import make, pretrain, rows
 
