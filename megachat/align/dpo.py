@@ -13,11 +13,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.logprobs import answer_logps, token_logps
-from megachat.align.pairs import Data, Pair, Pairs, collate, own, rendered, training_batches
+from megachat.align.pairs import Data, Pair, Pairs, held_out_pairs, rendered, training_batches
 from megachat.align.rows import Rows
 from megachat.align.start import frozen, language_model, without_dropout
 from megachat.data.conversations import Preferences
-from megachat.train.loop import Batch, Losses, Running, Task, parts
+from megachat.train.loop import Batch, Losses, Running, Task
 
 
 def preference(
@@ -104,13 +104,13 @@ class DPO(Task):
         """The loss and the accuracy on held-out preferences."""
         loss = right = pairs = 0.0
         with run.engines["model"].inference() as model:
-            for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
-                rows = collate(part, run).rows
-                policy = of_pair(model, rows)
-                reference = of_pair(run.frozen["reference"], rows)
-                loss += dpo_loss(policy, reference, self.beta, self.smoothing).sum().item()
-                right += (preference(policy, reference) > 0).sum().item()
-                pairs += len(part)
+            for batch in held_out_pairs(self, run):
+                policy = of_pair(model, batch.rows)
+                reference = of_pair(run.frozen["reference"], batch.rows)
+                if batch.samples:
+                    loss += dpo_loss(policy, reference, self.beta, self.smoothing).sum().item()
+                    right += (preference(policy, reference) > 0).sum().item()
+                    pairs += batch.samples
         loss, right, pairs = (run.mesh.sum(value) for value in (loss, right, pairs))
         return {"loss": loss / pairs, "accuracy": right / pairs} if pairs else {}
 

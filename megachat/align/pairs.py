@@ -5,16 +5,17 @@ through the model in one forward. Only the answer and its stop token are trained
 that led to them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from megachat.align.rows import Rendered, Rows, drawn, padded, that_fit
 from megachat.data.conversations import Preference
-from megachat.parallel.mesh import Mesh
+from megachat.data.loader import places
 from megachat.tokenizer.chat_format import render_answer, render_prompt
 from megachat.tokenizer.tokenizer import Tokenizer
-from megachat.train.loop import Batch, Running, Task, parts
+from megachat.train.loop import Batch, Running, Task, measured, micro_batches
 
 T = TypeVar("T")
 
@@ -75,18 +76,13 @@ def collate(pairs: Sequence[Pair[Rendered]], run: Running) -> Pairs:
 
 def training_batches(task: Task, run: Running, pairs: Sequence[Pair[Rendered]]) -> Iterator[list[Batch]]:
     """This data rank's share of each step, from the run's position in the data on."""
-    share = task.batch // run.mesh.data
+    mesh, most = run.mesh, math.ceil(task.batch / run.mesh.data)
     while True:
-        first = run.progress.samples + run.mesh.data_rank * share
-        chosen = [pairs[index] for index in drawn(len(pairs), task.seed, first, share)]
-        yield [collate(part, run) for part in parts(chosen, task.micro_batch)]
+        own = places(run.progress.samples, task.batch, mesh.data_rank, mesh.data)
+        chosen = [pairs[index] for index in drawn(len(pairs), task.seed, own)]
+        yield [*micro_batches(chosen, most, task.micro_batch, lambda part: collate(part, run))]
 
 
-def own(items: Sequence[T], mesh: Mesh) -> Sequence[T]:
-    """This data rank's share of what is only measured.
-
-    It is equally large on every rank, because under ZeRO-3 all must run equally many forwards: up to
-    `mesh.data - 1` items at the end are left out.
-    """
-    share = len(items) // mesh.data
-    return items[mesh.data_rank * share : (mesh.data_rank + 1) * share]
+def held_out_pairs(task: Task, run: Running) -> Iterator[Pairs]:
+    """This data rank's share of the pairs that are only measured."""
+    return measured(run.data.held_out, task.micro_batch, run.mesh, lambda part: collate(part, run))

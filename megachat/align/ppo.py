@@ -6,8 +6,9 @@ KL-regularised objective; in the loss k1 has a gradient of 0 and k3 a wrong one.
 like any other, and the reward model's score is paid on it.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -17,15 +18,16 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from megachat.align.logprobs import entropy, token_logps
-from megachat.align.pairs import own
 from megachat.align.rm import last_score
-from megachat.align.rollout import Rollout, estimated, in_parts, sample
+from megachat.align.rollout import Rollout, estimated, in_parts, joined, sample, shared
 from megachat.align.rows import Rows, drawn, padded, that_fit
 from megachat.align.start import frozen, language_model, scorer, without_dropout
 from megachat.data.conversations import Prompts, Split
+from megachat.data.loader import share
+from megachat.model.draws import seed_of
 from megachat.model.generate import Sampling
 from megachat.tokenizer.chat_format import render_prompt
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.loop import Batch, Losses, Running, Task, micro_batches, parts
 
 
 def kl_rewards(
@@ -120,7 +122,8 @@ class PPO(Task):
     rollouts: PositiveInt
     """How often answers are sampled anew."""
     rollout: PositiveInt
-    """Answers sampled at a time over all ranks, one to a prompt; a multiple of `batch`."""
+    """Answers sampled at a time over all ranks, one to a prompt; a multiple of `batch`. The one to prompt k
+    follows from the seed, which rollout it is, and k."""
     epochs: PositiveInt
     """Passes over the answers of a rollout."""
     at_once: PositiveInt
@@ -205,41 +208,63 @@ class PPO(Task):
             begun = time.monotonic()
             rollout = self._sample(run, number)
             rewards = self._rewards(rollout)
-            advantages, returns = estimated(rollout, rewards, self.gamma, self.lam, run)
-            run.notes |= rollout.figures(run) | {"rollout/seconds": time.monotonic() - begun}
-            everything = rollout.rows, rollout.logps, rollout.values, advantages, returns
-            count, share = len(rollout.rows.tokens), self.batch // run.mesh.data
-            for epoch in range(self.epochs):
-                order = torch.tensor(drawn(count, self.seed + number, epoch * count, count))
-                for chosen in order.split(share):
-                    yield [_taken(*everything, part) for part in chosen.split(self.micro_batch)]
+            advantages, returns = estimated(rollout, rewards, self.gamma, self.lam)
+            run.notes |= rollout.figures() | {"rollout/seconds": time.monotonic() - begun}
+            yield from self._passes(number, rollout, advantages, returns, run)
+
+    def _passes(
+        self,
+        number: int,
+        rollout: Rollout,
+        advantages: Float[Tensor, "all seq"],
+        returns: Float[Tensor, "all seq"],
+        run: Running,
+    ) -> Iterator[list[Batch]]:
+        count, most = len(rollout.rows.tokens), math.ceil(self.batch / run.mesh.data)
+
+        def taken(chosen: Sequence[int]) -> Sampled:
+            return _taken(
+                rollout.rows, rollout.logps, rollout.values, advantages, returns, torch.tensor(chosen)
+            )
+
+        for epoch in range(self.epochs):
+            order = drawn(count, self.seed + number, range(epoch * count, (epoch + 1) * count))
+            for chosen in parts(order, self.batch):
+                own = share(chosen, 0, self.batch, run.mesh.data_rank, run.mesh.data)
+                yield [*micro_batches(own, most, self.micro_batch, taken)]
 
     def _sample(self, run: Running, number: int) -> Rollout:
         run.watch.at("rollout")
-        share = self.rollout // run.mesh.data
-        first = number * self.rollout + run.mesh.data_rank * share
-        asked = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, first, share)]
-        answered = sample(run, asked, self.sampling, self.at_once)
+        places = range(number * self.rollout, (number + 1) * self.rollout)
+        asked = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
+        seeds = [seed_of(self.seed, number, row) for row in range(self.rollout)]
+        answered = sample(run, asked, seeds, self.sampling, self.at_once)
         rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
         policy, critic = run.engines["model"], run.engines["critic"]
+        reference, reward = run.frozen["reference"], run.frozen["reward"]
+
+        def judged(judge: Callable[[Rows], Tensor]) -> Tensor:
+            return self._judged(rows, judge, run)
+
         with policy.inference(), critic.inference():
-            both = in_parts(rows, self.micro_batch, lambda part: self._logps_and_entropies(policy, part))
-            judged = in_parts(rows, self.micro_batch, lambda part: self._logps(run.frozen["reference"], part))
-            values = in_parts(rows, self.micro_batch, lambda part: critic(part.tokens))
-            scores = in_parts(
-                rows, self.micro_batch, lambda part: last_score(run.frozen["reward"](part.tokens), part.real)
+            both = judged(lambda part: self._logps_and_entropies(policy, part))
+            return Rollout(
+                rows=rows,
+                stopped=torch.tensor([tokens[-1] == run.tokenizer.end for tokens, _ in answered]).to(
+                    both.device
+                ),
+                scores=judged(lambda part: last_score(reward(part.tokens), part.real)),
+                logps=both[:, 0],
+                reference=judged(lambda part: self._logps(reference, part)),
+                values=judged(lambda part: critic(part.tokens)),
+                entropies=both[:, 1],
             )
-        return Rollout(
-            rows=rows,
-            stopped=torch.tensor([tokens[-1] == run.tokenizer.end for tokens, _ in answered]).to(
-                scores.device
-            ),
-            scores=scores,
-            logps=both[:, 0],
-            reference=judged,
-            values=values,
-            entropies=both[:, 1],
-        )
+
+    def _judged(self, rows: Rows, judge: Callable[[Rows], Tensor], run: Running) -> Tensor:
+        """A figure for every row; the data ranks share the rows."""
+        count = len(rows.tokens)
+        own = rows.at(torch.tensor(shared(count, run.mesh)))
+        return joined(in_parts(own, self.micro_batch, judge), count, run.mesh)
 
     def _logps(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch seq"]:
         return token_logps(model(rows.tokens, where=rows.mask), rows.labels, self.temperature)
@@ -278,20 +303,22 @@ class PPO(Task):
 
     def measure(self, run: Running) -> dict[str, float]:
         """The mean score of answers to held-out prompts."""
-        asked = own(run.data.held_out[: self.validation_prompts], run.mesh)
+        asked = run.data.held_out[: self.validation_prompts]
         if not asked:
             return {}
-        rows = padded(sample(run, asked, self.sampling, self.at_once), run.tokenizer.pad).to(run.mesh.device)
+        seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(asked))]
+        answered = sample(run, asked, seeds, self.sampling, self.at_once)
+        rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
+        reward = run.frozen["reward"]
         with run.engines["model"].inference():
-            scores = in_parts(
-                rows, self.micro_batch, lambda part: last_score(run.frozen["reward"](part.tokens), part.real)
-            )
-        return {"reward": run.mesh.sum(scores.double().sum().item()) / run.mesh.sum(float(len(scores)))}
+            scores = self._judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
+        return {"reward": scores.double().mean().item()}
 
     def show(self, run: Running) -> str:
         """A prompt and how the policy answers it."""
         prompt = (run.data.held_out or run.data.train)[0]
-        ((tokens, _),) = sample(run, [prompt], self.sampling, 1)
+        seed = seed_of(self.seed, "sample", run.progress.step)
+        ((tokens, _),) = sample(run, [prompt], [seed], self.sampling, 1)
         return f"{run.tokenizer.decode(prompt)} {run.tokenizer.decode(tokens[len(prompt) :])}"
 
 

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from megachat.align.pairs import Data, Pairs, collate, own, rendered, training_batches
+from megachat.align.pairs import Data, Pairs, held_out_pairs, rendered, training_batches
 from megachat.align.start import language_model
 from megachat.data.conversations import Preferences
 from megachat.model.heads import Scalar
-from megachat.train.loop import Batch, Losses, Running, Task, parts
+from megachat.train.loop import Batch, Losses, Running, Task
 
 
 def bradley_terry(
@@ -87,12 +87,12 @@ class RM(Task):
         """How often the better of two held-out answers is told, and by how much."""
         right = margin = pairs = 0.0
         with run.engines["model"].inference() as model:
-            for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
-                rows = collate(part, run).rows
-                chosen, rejected = last_score(model(rows.tokens), rows.real).chunk(2)
-                right += won(chosen, rejected).item()
-                margin += (chosen - rejected).sum().item()
-                pairs += len(part)
+            for batch in held_out_pairs(self, run):
+                chosen, rejected = last_score(model(batch.rows.tokens), batch.rows.real).chunk(2)
+                if batch.samples:
+                    right += won(chosen, rejected).item()
+                    margin += (chosen - rejected).sum().item()
+                    pairs += batch.samples
         right, margin, pairs = (run.mesh.sum(value) for value in (right, margin, pairs))
         return {"accuracy": right / pairs, "margin": margin / pairs} if pairs else {}
 

@@ -5,10 +5,15 @@ samples from its whole distribution, since a token that top-k or top-p can never
 probability in the loss. The probabilities an answer was sampled with are computed again, by the forward pass
 and in the micro-batches that the loss uses: at the first step every ratio is then exactly 1, where those of
 the cached sampler would be off by rounding.
+
+The data ranks share the work, and then everybody has all answers with all figures: which answers form a
+batch, what their advantages are whitened by, and what is logged does not depend on how many ranks there were.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,13 +21,15 @@ from torch import Tensor
 
 from megachat.align.advantages import gae, whiten
 from megachat.align.rows import Rendered, Rows
+from megachat.data.loader import places
 from megachat.model.generate import Sampling, generate
+from megachat.parallel.mesh import Mesh
 from megachat.train.loop import Running, parts
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled answers, and what PPO's losses need of them, each figure at the position of its label."""
+    """All ranks' answers and what PPO's losses need of them, each figure at the position of its label."""
 
     rows: Rows
     stopped: Bool[Tensor, " batch"]
@@ -38,8 +45,8 @@ class Rollout:
     entropies: Float[Tensor, "batch seq"]
     """How undecided the policy was, in nats."""
 
-    def figures(self, run: Running) -> dict[str, float]:
-        """Means over all ranks, for the log; those per answer are not weighted by its length."""
+    def figures(self) -> dict[str, float]:
+        """Means for the log; those per answer are not weighted by its length."""
         mask = self.rows.mask
         drift = torch.where(mask, self.logps - self.reference, 0.0)
         sums = {
@@ -52,33 +59,60 @@ class Rollout:
             "entropy": torch.where(mask, self.entropies, 0.0).sum(),
             "answer/stopped": self.stopped.sum(),
         }
-        total = run.mesh.sum_tensor(torch.stack([value.double().cpu() for value in sums.values()]))
-        means = dict(zip(sums, total.tolist(), strict=True))
+        means = {name: value.double().item() for name, value in sums.items()}
         answers, tokens = means.pop("answers"), means.pop("tokens")
         means = {name: value / (tokens if name == "entropy" else answers) for name, value in means.items()}
         variance = means.pop("reward/square") - means["reward/mean"] ** 2
         return means | {"reward/deviation": max(0.0, variance) ** 0.5, "answer/length": tokens / answers}
 
 
-def sample(
-    run: Running, prompts: Sequence[Sequence[int]], sampling: Sampling, at_once: int
-) -> list[Rendered]:
-    """Each prompt with an answer of the policy's, as tokens and mask. Random by torch's own generator.
+def shared(count: int, mesh: Mesh) -> list[int]:
+    """Which of `count` rows this data rank works on: equally many on each, under ZeRO-3 all must go along.
 
-    All ranks call it with equally many prompts.
+    Its own `places`, and the first row once more where it has one fewer than others.
+    """
+    own = places(0, count, mesh.data_rank, mesh.data)
+    return [*own] + [0] * (math.ceil(count / mesh.data) - len(own))
+
+
+def joined(figures: Tensor, count: int, mesh: Mesh) -> Tensor:
+    """What all ranks have worked out of the rows that are `shared`, in their order."""
+    own = places(0, count, mesh.data_rank, mesh.data)
+    return mesh.join(figures[: len(own)], own, count)
+
+
+def sample(
+    run: Running,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    at_once: int,
+) -> list[Rendered]:
+    """Each prompt with an answer of the policy's that follows from its seed, as tokens and mask.
+
+    All ranks call it with all prompts and get all answers.
     """
     assert sampling.top_k == 0, "the loss knows the whole distribution only"
     assert sampling.top_p == 1, "the loss knows the whole distribution only"
-    answered: list[Rendered] = []
+    mesh, answers = run.mesh, []
     with run.engines["model"].inference() as model:
-        for some in parts(prompts, at_once):
+        for some in parts(shared(len(prompts), mesh), at_once):
             run.watch.at("rollout")
-            answers = generate(
-                model, some, sampling, {run.tokenizer.end}, None, run.tokenizer.pad, synced=run.synced
+            answers += generate(
+                model,
+                [prompts[row] for row in some],
+                sampling,
+                {run.tokenizer.end},
+                [seeds[row] for row in some],
+                run.tokenizer.pad,
+                synced=run.synced,
             )
-            for prompt, answer in zip(some, answers, strict=True):
-                answered.append(([*prompt, *answer], [0] * len(prompt) + [1] * len(answer)))
-    return answered
+    own = places(0, len(prompts), mesh.data_rank, mesh.data)
+    everybodys = mesh.gather(answers[: len(own)])[:: mesh.tensor]  # of one of those that share a model
+    return [
+        ([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))
+        for prompt, answer in zip(prompts, chain(*everybodys), strict=True)
+    ]
 
 
 def in_parts(rows: Rows, size: int, measure: Callable[[Rows], Tensor]) -> Tensor:
@@ -88,8 +122,8 @@ def in_parts(rows: Rows, size: int, measure: Callable[[Rows], Tensor]) -> Tensor
 
 
 def estimated(
-    rollout: Rollout, rewards: Float[Tensor, "batch seq"], gamma: float, lam: float, run: Running
+    rollout: Rollout, rewards: Float[Tensor, "batch seq"], gamma: float, lam: float
 ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
-    """Advantages, whitened over the answers of all ranks, and returns, which are not."""
+    """Advantages, whitened over all answers, and returns, which are not."""
     advantages, returns = gae(rewards, rollout.values, rollout.rows.mask, gamma, lam)
-    return whiten(advantages, rollout.rows.mask, run.mesh.sum_tensor), returns
+    return whiten(advantages, rollout.rows.mask), returns

@@ -6,7 +6,7 @@ A conversation that does not fit is left out whole, and counted aloud: cut short
 would teach to stop in mid-sentence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -139,14 +139,12 @@ def that_fit(
     return kept
 
 
-def drawn(count: int, seed: int, start: int, number: int) -> list[int]:
-    """Items `start` to `start + number` of an endless order that shuffles all of them anew in every epoch.
+def drawn(count: int, seed: int, places: Iterable[int]) -> list[int]:
+    """The items at these places of an endless order that shuffles all of them anew in every epoch.
 
     It follows from its arguments alone, so a run that resumes at a sample reads what it would have read.
     """
-    return [
-        int(_shuffled(count, seed, place // count)[place % count]) for place in range(start, start + number)
-    ]
+    return [int(_shuffled(count, seed, place // count)[place % count]) for place in places]
 
 
 @lru_cache(maxsize=4)

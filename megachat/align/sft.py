@@ -5,6 +5,7 @@ learns to stop. Conversations are packed into rows of one length and cannot see 
 what its tokens cost and its loss is that of its conversations one by one.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -14,16 +15,16 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from megachat.align.logprobs import token_logps
-from megachat.align.pairs import own
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
 from megachat.data.conversations import Conversations, Encoded, Message, opening, share
+from megachat.data.loader import places
 from megachat.data.shards import read_split
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
-from megachat.train.loop import Batch, Losses, Running, Task, parts
+from megachat.train.loop import Batch, Losses, Running, Task, measured, micro_batches
 from megachat.train.losses import IGNORE
 
 
@@ -120,11 +121,11 @@ class SFT(Task):
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """This data rank's share of the rows of each step, which do not depend on the number of ranks."""
-        count = self.batch // run.mesh.data
+        mesh, most = run.mesh, math.ceil(self.batch / run.mesh.data)
         while True:
-            first = run.progress.samples + run.mesh.data_rank * count
-            rows = [run.data.rows[index] for index in drawn(len(run.data.rows), self.seed, first, count)]
-            yield [self._collate(part, run) for part in parts(rows, self.micro_batch)]
+            own = places(run.progress.samples, self.batch, mesh.data_rank, mesh.data)
+            rows = [run.data.rows[index] for index in drawn(len(run.data.rows), self.seed, own)]
+            yield [*micro_batches(rows, most, self.micro_batch, lambda part: self._collate(part, run))]
 
     def _collate(self, rows: Sequence[list[Rendered]], run: Running) -> Said:
         full = packed(rows, run.tokenizer.pad, self.context)
@@ -149,10 +150,14 @@ class SFT(Task):
         """The loss per token on conversations that are not trained on."""
         nats = tokens = 0.0
         with run.engines["model"].inference() as model:
-            for part in parts(own(run.data.held_out, run.mesh), self.micro_batch):
-                batch = self._collate(part, run)
-                nats -= self._logps(model, batch).sum().item()
-                tokens += batch.weight
+            held_out = run.data.held_out
+            for batch in measured(
+                held_out, self.micro_batch, run.mesh, lambda part: self._collate(part, run)
+            ):
+                logps = self._logps(model, batch)
+                if batch.samples:
+                    nats -= logps.sum().item()
+                    tokens += batch.weight
         nats, tokens = run.mesh.sum(nats), run.mesh.sum(tokens)
         return {"loss": nats / tokens} if tokens else {}
 

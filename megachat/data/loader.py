@@ -2,9 +2,9 @@
 
 A sample is a window of a source's tokens, or a row of its documents. The samples of a source are shuffled
 anew in each epoch, endlessly; a mixture says whose turn it is. A step takes the next so many of that order,
-and each rank its slice; so world size, micro-batch and workers do not change what is read, and where a run
-stands in its data is one number, the samples consumed. grain computes the shuffle index by index: no list is
-ever in memory.
+and each rank its slice, whether or not they divide; so world size, micro-batch and workers do not change what
+is read, and where a run stands in its data is one number, the samples consumed. grain computes the shuffle
+index by index: no list is ever in memory.
 """
 
 import hashlib
@@ -119,18 +119,22 @@ class Samples(Protocol):
         raise NotImplementedError
 
 
+def places(start: int, count: int, rank: int, ranks: int) -> range:
+    """Which of the `count` samples from number `start` on are those of `rank`, as equally as they divide.
+
+    Example: of 8 samples, 3 ranks have places(0, 8, 0, 3) -> range(0, 3), then range(3, 6), and range(6, 8).
+    """
+    each, left = divmod(count, ranks)
+    first = start + rank * each + min(rank, left)
+    return range(first, first + each + (rank < left))
+
+
 def share(samples: Samples, start: int, count: int, rank: int, world: int) -> list[Any]:
     """What `rank` of `world` reads in the step that takes `count` samples, the first of them number `start`.
 
     Example: share(samples, start=8, count=4, rank=1, world=2) -> [samples[10], samples[11]]
     """
-    if count % world:
-        fitting = [size for size in range(1, count + 1) if count % size == 0]
-        raise ValueError(
-            f"{world} ranks cannot share the {count} samples of a step; use one of {fitting} ranks"
-        )
-    each = count // world
-    return [samples[start + rank * each + number] for number in range(each)]
+    return [samples[number] for number in places(start, count, rank, world)]
 
 
 def ahead(read: Callable[[int], T], start: int, stride: int, steps: int) -> Iterator[T]:

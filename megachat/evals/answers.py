@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megachat.log import track
+from megachat.model.draws import seed_of
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
@@ -41,12 +42,12 @@ def answer(
     what: str = "answers",
 ) -> list[Answer]:
     """The model's answer to each prompt, up to and with the token `stop`."""
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
     answers: list[Answer | None] = [None] * len(prompts)
     cut = list(batches(prompts, batch))
     for rows in track(cut, what, len(cut), "batch"):
         asked = [prompts[row] for row in rows]
-        written = generate(model, asked, sampling, {stop}, generator, pad=tokenizer.pad)
+        seeds = [seed_of(seed, row) for row in rows]
+        written = generate(model, asked, sampling, {stop}, seeds, pad=tokenizer.pad)
         for row, tokens in zip(rows, written, strict=True):
             answers[row] = Answer(tokens, tokenizer.decode(tokens))
     return [one for one in answers if one is not None]

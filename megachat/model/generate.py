@@ -1,8 +1,8 @@
 """Writing: one token after another, for a batch of prompts of any lengths, with a key-value cache.
 
 Prompts are padded on the left and the pads are hidden, so that a row gets what it would get alone.
-Rows that have stopped are dropped from the batch once they are half of it. Everything random comes from
-`generator`: ranks that share a model by tensor parallelism need the same seed, all others different ones.
+Rows that have stopped are dropped from the batch once they are half of it. Everything random in a row follows
+from its seed (`draws`), so it does not matter with which others it is written, or on which rank.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from megachat.config import Config
+from megachat.model.draws import draw, keys
 from megachat.model.layers import Cache
 
 
@@ -31,13 +32,13 @@ class Sampling(Config):
     """The longest answer, in tokens."""
 
     def choose(
-        self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator | None = None
+        self, logits: Float[Tensor, "batch vocab"], seeds: Sequence[int] = (), position: int = 0
     ) -> Int[Tensor, " batch"]:
-        """One token per row, each row drawn for itself."""
+        """One token per row: the one that its seed draws at this position of its answer."""
         if self.temperature == 0:
             return logits.argmax(-1)
         kept = truncate(logits.float() / self.temperature, self.top_k, self.top_p)
-        return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
+        return draw(kept.softmax(-1), keys(seeds, position, logits.device))
 
 
 def truncate(logits: Float[Tensor, "batch vocab"], top_k: int, top_p: float) -> Float[Tensor, "batch vocab"]:
@@ -64,18 +65,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Collection[int],
-    generator: torch.Generator | None = None,
+    seeds: Sequence[int] = (),
     pad: int = 0,
     on_token: Callable[[int, int], None] | None = None,
     synced: Callable[[bool], bool] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and with the first that is in `stop`.
 
+    `seeds`: one of 64 bits for each prompt, which decides its answer; at temperature 0 none is needed.
     `on_token(row, token)` hears of each as it is chosen. `synced(finished)` says whether all ranks have
     finished; it is for ZeRO-3, which gathers weights in every forward and so needs equally many on all ranks.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for row, token in _write(model, prompts, sampling, stop, generator, pad, synced):
+    for row, token in _write(model, prompts, sampling, stop, seeds, pad, synced):
         answers[row].append(token)
         if on_token is not None:
             on_token(row, token)
@@ -87,10 +89,10 @@ def stream(
     prompt: Sequence[int],
     sampling: Sampling,
     stop: Collection[int],
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> Iterator[int]:
     """The new tokens of one prompt, each as soon as it is chosen; the one in `stop` comes last."""
-    for _, token in _write(model, [prompt], sampling, stop, generator, 0, None):
+    for _, token in _write(model, [prompt], sampling, stop, [seed], 0, None):
         yield token
 
 
@@ -100,13 +102,14 @@ def _write(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Collection[int],
-    generator: torch.Generator | None,
+    seeds: Sequence[int],
     pad: int,
     synced: Callable[[bool], bool] | None,
 ) -> Iterator[tuple[int, int]]:
     """Yields (row, token) in the order they are chosen."""
     assert prompts, "no prompts"
     assert all(prompts), "a prompt without tokens has nothing to continue"
+    assert len(seeds) == len(prompts) or not sampling.temperature, "a seed for each prompt"
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
@@ -117,8 +120,9 @@ def _write(
     rows = list(range(len(prompts)))
     stopped: set[int] = set()
     with evaluating(model):
-        for _ in range(sampling.max_new_tokens):
-            chosen = sampling.choose(model(tokens, cache=cache)[:, -1], generator)
+        for position in range(sampling.max_new_tokens):
+            own = [seeds[row] for row in rows] if sampling.temperature else []
+            chosen = sampling.choose(model(tokens, cache=cache)[:, -1], own, position)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 if row not in stopped:
                     if token in stop:

@@ -162,6 +162,14 @@ class Mesh:
         dist.all_reduce(there, group=self.data_group)
         return there.to(value.device)
 
+    def join(self, own: Tensor, places: range, count: int) -> Tensor:
+        """All of `count` rows, of which this data rank has those of `places` and the others the rest."""
+        if self.data == 1:
+            return own
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[places.start : places.stop] = own
+        return self.sum_tensor(rows)
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all ranks get the same answer."""
         if self.world == 1:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import ClassVar, Literal, get_args
 
-import torch
-
 from megachat.data.conversations import Message
 from megachat.evals.answers import best_device
 from megachat.log import say
+from megachat.model.draws import seed_of
 from megachat.model.generate import Sampling, stream
 from megachat.model.gpt import GPT
 from megachat.parallel.checkpoint import load_model
@@ -76,9 +75,8 @@ class Chat(Stage):
         assert isinstance(loaded.model, GPT), (
             f"{stage} holds a {type(loaded.model).__name__}, which cannot talk"
         )
-        generator = torch.Generator(device).manual_seed(self.seed)
         talk = Talk(
-            loaded.model, loaded.tokenizer, self.sampling, generator, self.system, base=stage == "pretrain"
+            loaded.model, loaded.tokenizer, self.sampling, self.seed, self.system, base=stage == "pretrain"
         )
         if self.prompt is not None:
             if not self.prompt.strip():
@@ -97,7 +95,7 @@ class Talk:
         model: GPT,
         tokenizer: Tokenizer,
         sampling: Sampling,
-        generator: torch.Generator,
+        seed: int,
         system: str | None,
         base: bool,
     ) -> None:
@@ -108,7 +106,9 @@ class Talk:
         """Tokens of the context that a prompt may take."""
         self.model = model
         self.tokenizer = tokenizer
-        self.generator = generator
+        self.seed = seed
+        self.answers = 0
+        """How many it has begun: each is drawn anew."""
         self.system = [] if system is None else [Message("system", system)]
         self.base = base
         self.past: list[Message] = []
@@ -119,8 +119,10 @@ class Talk:
         stop = {self.tokenizer.eos} if self.base else {self.tokenizer.end}
         decoder = StreamDecoder(self.tokenizer)
         pieces: list[str] = []
+        seed = seed_of(self.seed, self.answers)
+        self.answers += 1
         try:
-            for token in stream(self.model, tokens, self.sampling, stop, self.generator):
+            for token in stream(self.model, tokens, self.sampling, stop, seed):
                 pieces.append(printable(decoder.push(token)))
                 yield pieces[-1]
             pieces.append(printable(decoder.finish()))

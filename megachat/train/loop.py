@@ -3,8 +3,10 @@
 A stage adds where its batches come from and what one costs; everything else is here, in order.
 
 A loss is a sum over the batch and a batch knows its weight (tokens or pairs), so that a step's loss is the
-exact mean over all micro-batches of all ranks however unequal they are. Randomness is reseeded at each step
-from (seed, step, rank), so a resumed run draws what the uninterrupted one would have drawn.
+exact mean over all micro-batches of all ranks however unequal they are. Any number of data ranks shares a
+batch: all run equally many micro-batches, a rank with fewer samples an idle one that counts nothing.
+Randomness is reseeded at each step from (seed, step, rank), so a resumed run draws what the uninterrupted one
+would have drawn.
 """
 
 import contextlib
@@ -14,13 +16,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from megachat.data.loader import places
 from megachat.log import Recorder, progress, say
 from megachat.model.size import flops_per_token
 from megachat.parallel import attempt, checkpoint
@@ -69,12 +72,36 @@ class Batch:
     tokens: int
     """How many tokens pass through the model, for the throughput."""
     samples: int
-    """How many samples it holds, for the position in the data."""
+    """How many samples it holds, for the position in the data; 0: idle, nothing of it counts."""
+
+
+B = TypeVar("B", bound=Batch)
 
 
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """The items in groups of at most `size`: a batch as micro-batches."""
     return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def micro_batches(
+    own: Sequence[T], most: int, size: int, collate: Callable[[Sequence[T]], B], spare: Sequence[T] = ()
+) -> Iterator[B]:
+    """A rank's samples in micro-batches of at most `size`: as many as a rank with `most` samples has.
+
+    ZeRO 2 and 3 talk to the other ranks in every forward or backward, so a rank that has fewer goes along
+    with an idle one: its first sample again (or of `spare`), which counts nothing.
+    """
+    for part in parts(own, size):
+        yield collate(part)
+    for _ in range(math.ceil(most / size) - math.ceil(len(own) / size)):
+        yield replace(collate((own or spare)[:1]), weight=0.0, tokens=0, samples=0)
+
+
+def measured(items: Sequence[T], size: int, mesh: Mesh, collate: Callable[[Sequence[T]], B]) -> Iterator[B]:
+    """This data rank's share of what is only measured, in micro-batches of at most `size`."""
+    own = places(0, len(items), mesh.data_rank, mesh.data)
+    most = math.ceil(len(items) / mesh.data)
+    return micro_batches(items[own.start : own.stop], most, size, collate, spare=items)
 
 
 @dataclass(frozen=True)
@@ -130,7 +157,7 @@ class Task(Stage):
     context: PositiveInt
     """Tokens in one row, at most."""
     batch: PositiveInt
-    """Samples of one optimizer step, over all ranks."""
+    """Samples of one optimizer step, over all ranks: any number of them, but each needs one."""
     micro_batch: PositiveInt
     """Samples that pass through the model at once on one rank, at most."""
     max_steps: PositiveInt | None
@@ -204,9 +231,10 @@ class Task(Stage):
 def fit(task: Task) -> None:
     """Runs a training stage from its newest checkpoint, or from the start, to the end."""
     mesh = start(task.parallel.tensor, task.watch.start, task.watch.timeout)
-    if task.batch % mesh.data:
+    if task.batch < mesh.data:
         raise ValueError(
-            f"batch={task.batch} cannot be shared by {mesh.data} data-parallel ranks; use a multiple"
+            f"batch={task.batch} has no sample for some of the {mesh.data} data-parallel ranks; "
+            f"use batch={mesh.data} or more, or fewer ranks"
         )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopFlag())
@@ -345,12 +373,13 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         run.watch.at("forward")
         result = task.loss(run, batch)
         run.watch.at("backward")
+        counts = float(batch.samples > 0)  # an idle one's gradients are exactly 0
         for role, loss in result.losses.items():
-            run.engines[role].backward(loss / weight, last=index == len(batches) - 1)
+            run.engines[role].backward(counts * loss / weight, last=index == len(batches) - 1)
             name = "loss" if role == "model" else f"{role}/loss"
-            sums[name] = sums.get(name, 0.0) + loss.detach().double()
+            sums[name] = sums.get(name, 0.0) + counts * loss.detach().double()
         for name, value in result.metrics.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double()
+            sums[name] = sums.get(name, 0.0) + counts * value.detach().double()
     run.watch.at("sum")
     out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
     run.watch.at("step")

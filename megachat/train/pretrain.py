@@ -37,7 +37,7 @@ from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
-from megachat.train.loop import Batch, Losses, Running, Task, parts
+from megachat.train.loop import Batch, Losses, Running, Task, micro_batches, parts
 from megachat.train.losses import cross_entropy
 
 
@@ -150,12 +150,13 @@ class Pretrain(Task):
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """The next samples of the one global order, whatever the number of ranks."""
+        most = math.ceil(self.batch / run.mesh.data)
 
         def read(start: int) -> list[Window]:
             return share(run.data.order, start, self.batch, run.mesh.data_rank, run.mesh.data)
 
         for rows in ahead(read, run.progress.samples, self.batch, self.prefetch):
-            yield [_collate(part, run.mesh.device) for part in parts(rows, self.micro_batch)]
+            yield [*micro_batches(rows, most, self.micro_batch, lambda part: _collate(part, run.mesh.device))]
 
     def loss(self, run: Running, batch: Tokens) -> Losses:
         """Cross-entropy summed over tokens."""

@@ -1,14 +1,17 @@
 """How preferences become batches, and who gets which."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from megachat.align.pairs import collate, own, rendered
+from megachat.align.pairs import collate, rendered
 from megachat.data.conversations import Message, Preference
 from megachat.tokenizer.tokenizer import Tokenizer
-from megachat.train.loop import parts
+from megachat.train.loop import Batch, measured, micro_batches, parts
 from tests.align import tiny
 
 
@@ -34,7 +37,7 @@ def test_a_batch_holds_the_chosen_answers_first(inputs: Path, run: Path):
     assert (batch.weight, batch.samples, batch.tokens) == (3.0, 3, int(batch.rows.real.sum()))
 
 
-def test_two_ranks_train_on_what_one_would(inputs: Path, run: Path):
+def test_any_number_of_ranks_trains_on_what_one_would(inputs: Path, run: Path):
     task = tiny.stage("rm", inputs, run, "batch=8", "micro_batch=3")
     state = tiny.running(task)
 
@@ -42,19 +45,42 @@ def test_two_ranks_train_on_what_one_would(inputs: Path, run: Path):
         state.mesh = tiny.place(data, data_rank)
         batches = next(task.batches(state))
         assert max(batch.samples for batch in batches) <= 3
+        assert len(batches) == math.ceil(math.ceil(8 / data) / 3)  # on every rank
         rows = [half for batch in batches for half in batch.rows.tokens[: batch.samples]]
         return [row[row != state.tokenizer.pad].tolist() for row in rows]
 
-    assert read(1, 0) == read(2, 0) + read(2, 1)
+    assert read(1, 0) == read(2, 0) + read(2, 1) == read(3, 0) + read(3, 1) + read(3, 2)
+    assert read(1, 0) == [row for rank in range(7) for row in read(7, rank)]
     assert len(read(1, 0)) == 8
 
 
-@pytest.mark.parametrize("data", [1, 2, 3])
-def test_what_is_measured_is_dealt_evenly_and_once(data: int):
-    shares = [own(list(range(8)), tiny.place(data, rank)) for rank in range(data)]
-    dealt = [item for share in shares for item in share]
-    assert len({len(share) for share in shares}) == 1
-    assert dealt == list(range(8 // data * data))
+@dataclass(frozen=True)
+class Some(Batch):
+    """A micro-batch that remembers what is in it."""
+
+    items: list[int]
+
+
+def some(items: Sequence[int]) -> Some:
+    return Some(weight=10.0 * len(items), tokens=len(items), samples=len(items), items=list(items))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("data", [1, 2, 3, 5, 11])
+def test_what_is_measured_is_measured_once_in_equally_many_micro_batches(data: int, size: int):
+    dealt = [list(measured(range(8), size, tiny.place(data, rank), some)) for rank in range(data)]
+    assert len({len(batches) for batches in dealt}) == 1
+    found = [batch for batches in dealt for batch in batches if batch.samples]
+    assert [item for batch in found for item in batch.items] == list(range(8))
+    assert max(batch.samples for batch in found) <= size
+
+
+def test_a_rank_with_fewer_samples_goes_along_with_one_that_counts_nothing():
+    assert [*micro_batches([4, 5, 6], 3, 2, some)] == [some([4, 5]), some([6])]
+    full, idle = micro_batches([7, 8], 3, 2, some)
+    assert full == some([7, 8])
+    assert idle == Some(weight=0.0, tokens=0, samples=0, items=[7])
+    assert [*micro_batches([7, 8], 3, 3, some)] == [full]
 
 
 def test_parts_are_at_most_so_large():

@@ -75,13 +75,13 @@ def rollouts(inputs: Path, run: Path, *overrides: str) -> None:
     settings += ["validation_prompts=4", "validation_interval=4", "parallel.precision=fp32"]
     task = tiny.stage("ppo", inputs, run, *settings, *overrides)
     state = tiny.running(task)
-    torch.manual_seed(state.mesh.data_rank)  # as the loop does before each step
+    torch.manual_seed(state.mesh.rank)  # of no matter: an answer follows from its prompt's number
     (batch, *_) = next(task.batches(state))
     mine = json.dumps(batch.rows.tokens.tolist())
     theirs = state.mesh.gather(mine)
     assert (
         len(set(theirs)) == state.mesh.data
-    )  # the ranks that share a model by tensor sampled the same answers
+    )  # the ranks that share a model by tensor train on the same answers
     state.notes.pop("rollout/seconds")
     assert len(set(state.mesh.gather(json.dumps(state.notes)))) == 1  # all have the figures of all
     task.execute()

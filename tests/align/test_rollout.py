@@ -28,10 +28,8 @@ def test_the_losses_probabilities_are_those_the_sampler_drew_from(
     drawn: list[torch.Tensor] = []
     choose = Sampling.choose
 
-    def remember(
-        self: Sampling, logits: torch.Tensor, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        tokens = choose(self, logits, generator)
+    def remember(self: Sampling, logits: torch.Tensor, seeds: list[int], position: int) -> torch.Tensor:
+        tokens = choose(self, logits, seeds, position)
         drawn.append(torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0])
         return tokens
 
@@ -42,13 +40,12 @@ def test_the_losses_probabilities_are_those_the_sampler_drew_from(
         assert_close(rollout.logps[rollout.rows.mask], torch.cat(drawn), atol=1e-4, rtol=0)
 
 
-def test_advantages_are_whitened_and_returns_are_not(inputs: Path, run: Path):
-    state = tiny.running(tiny.stage("sft", inputs, run))
+def test_advantages_are_whitened_and_returns_are_not():
     rows = padded([([1, 2, 3], [0, 1, 1]), ([1, 2], [0, 1])], pad=0)
     zeros = torch.zeros(2, 3)
     rollout = Rollout(rows, tensor([True, True]), torch.zeros(2), zeros, zeros, zeros, zeros)
     rewards = tensor([[0.0, 6.0, 0.0], [3.0, 0.0, 0.0]])
-    advantages, returns = estimated(rollout, rewards, 1.0, 1.0, state)
+    advantages, returns = estimated(rollout, rewards, 1.0, 1.0)
     assert_close(returns, tensor([[6.0, 6.0, 0.0], [3.0, 0.0, 0.0]]))
     half = 0.5**0.5  # 6, 6, 3: mean 5, variance 2
     assert_close(advantages, tensor([[half, half, 0.0], [-2 * half, 0.0, 0.0]]))
@@ -58,11 +55,13 @@ def test_the_same_seed_draws_the_same_answers_and_another_draws_others(inputs: P
     state = tiny.running(tiny.stage("sft", inputs, run))
     prompts = [[state.tokenizer.bos, state.tokenizer.user, token] for token in range(260, 270)]
 
-    def draw(seed: int) -> list[tuple[list[int], list[int]]]:
-        torch.manual_seed(seed)
-        return sample(state, prompts, FREE, at_once=4)
+    def draw(seed: int, at_once: int = 4) -> list[tuple[list[int], list[int]]]:
+        return sample(state, prompts, [seed + row for row in range(10)], FREE, at_once)
 
     assert draw(1) == draw(1) != draw(2)
+    assert draw(1)[1:] == draw(1, 3)[1:] == draw(1, 10)[1:]  # whatever they are sampled with
+    same = sample(state, [prompts[0]] * 2, [7, 8], FREE, 2)
+    assert same[0] != same[1]
 
 
 def test_an_answer_is_trained_on_with_its_stop_token_and_ends_at_the_limit_without_one(
@@ -70,9 +69,8 @@ def test_an_answer_is_trained_on_with_its_stop_token_and_ends_at_the_limit_witho
 ):
     state = tiny.running(tiny.stage("sft", inputs, run))
     prompt = [state.tokenizer.bos, state.tokenizer.user]
-    torch.manual_seed(0)
     wild = Sampling(temperature=50.0, top_k=0, top_p=1.0, max_new_tokens=20)  # one token in 280 is the stop
-    answered = sample(state, [prompt] * 200, wild, at_once=100)
+    answered = sample(state, [prompt] * 200, range(200), wild, at_once=100)
     for tokens, mask in answered:
         assert mask == [0, 0] + [1] * (len(tokens) - 2)
         assert state.tokenizer.end not in tokens[2:-1]
@@ -86,8 +84,7 @@ def test_parts_of_a_batch_give_what_the_batch_gives():
     assert_close(measured, rows.tokens * 2)
 
 
-def test_the_figures_by_hand(inputs: Path, run: Path):
-    state = tiny.running(tiny.stage("sft", inputs, run))
+def test_the_figures_by_hand():
     labels = tensor([[IGNORE, 5, 6], [7, IGNORE, IGNORE]])
     nothing = torch.nan
     rollout = Rollout(
@@ -109,4 +106,4 @@ def test_the_figures_by_hand(inputs: Path, run: Path):
         "answer/stopped": 0.5,
         "answer/length": 1.5,
     }
-    assert rollout.figures(state) == pytest.approx(expected)
+    assert rollout.figures() == pytest.approx(expected)

@@ -66,11 +66,11 @@ def test_nothing_that_fits_is_no_error_where_it_is_only_measured(capsys: pytest.
 
 
 def test_each_epoch_holds_every_sample_once_in_an_order_of_its_own():
-    first, second = drawn(50, 7, 0, 50), drawn(50, 7, 50, 50)
+    first, second = drawn(50, 7, range(50)), drawn(50, 7, range(50, 100))
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
-    assert drawn(50, 8, 0, 50) != first
+    assert drawn(50, 8, range(50)) != first
 
 
 def test_a_resumed_run_reads_on_where_it_stopped():
-    assert drawn(7, 3, 0, 30) == drawn(7, 3, 0, 11) + drawn(7, 3, 11, 19)
+    assert drawn(7, 3, range(30)) == drawn(7, 3, range(11)) + drawn(7, 3, range(11, 30))

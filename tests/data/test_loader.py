@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megachat.data.loader import WHOLE, Mixed, OnChange, Order, Plan, TokenWindows, ahead, documents_of, share
+from megachat.data.loader import (
+    WHOLE,
+    Mixed,
+    OnChange,
+    Order,
+    Plan,
+    TokenWindows,
+    ahead,
+    documents_of,
+    places,
+    share,
+)
 from megachat.data.mixture import Phase
 from megachat.data.shards import Shard, Shards, ShardWriter
 
@@ -70,7 +82,7 @@ def test_a_corpus_of_one_window_is_enough_and_one_token_less_is_not(shard: Shard
         TokenWindows(shard, length=10)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7, 8])
 def test_every_world_size_reads_the_same_samples_in_each_step(world: int) -> None:
     samples = Order(range(100), seed=0)
     for step in range(10):  # through two epochs
@@ -288,8 +300,10 @@ def test_an_error_while_reading_ahead_is_raised_where_it_is_missed() -> None:
         next(found)
 
 
-def test_a_world_that_does_not_divide_the_step_is_told_which_would() -> None:
-    with pytest.raises(
-        ValueError, match=r"3 ranks cannot share the 8 samples of a step; use one of \[1, 2, 4, 8\]"
-    ):
-        share(Order(range(100), seed=0), 0, 8, 0, 3)
+def test_samples_are_dealt_as_equally_as_they_divide() -> None:
+    assert [places(20, 8, rank, 3) for rank in range(3)] == [range(20, 23), range(23, 26), range(26, 28)]
+    for count, ranks in itertools.product(range(1, 40), range(1, 9)):
+        dealt = [places(7, count, rank, ranks) for rank in range(ranks)]
+        assert [*itertools.chain(*dealt)] == [*range(7, 7 + count)]
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+        assert len(dealt[0]) == math.ceil(count / ranks)  # what a step takes as long as

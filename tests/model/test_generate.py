@@ -119,9 +119,7 @@ def test_of_equal_logits_exactly_top_k_stay() -> None:
 
 def test_samples_have_the_frequencies_of_the_tempered_truncated_distribution() -> None:
     logits = tensor([0.64, 0.32, 0.04]).log().expand(40_000, 3)
-    chosen = FREE.model_copy(update={"temperature": 2.0, "top_k": 2}).choose(
-        logits, torch.Generator().manual_seed(0)
-    )
+    chosen = FREE.model_copy(update={"temperature": 2.0, "top_k": 2}).choose(logits, range(40_000), 3)
     # At temperature 2 the weights are roots: 0.8 and 0.4 sqrt 2; 40,000 draws have a deviation of 0.0025.
     assert (chosen == 0).float().mean().item() == pytest.approx(0.8 / (0.8 + 0.4 * 2**0.5), abs=0.01)
     assert (chosen == 2).sum() == 0
@@ -131,21 +129,35 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert GREEDY.choose(tensor([[0.1, 0.3, 0.2], [3.0, 1.0, 2.0]])).tolist() == [1, 0]
 
 
-def test_a_generator_decides_everything_and_rows_are_drawn_apart() -> None:
+def test_the_seeds_decide_everything_and_rows_are_drawn_apart() -> None:
     model = tiny(tied=False)
     first, second, third = (
-        generate(model, [PROMPTS[0]] * 16, FREE, set(), torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
+        generate(model, [PROMPTS[0]] * 16, FREE, set(), range(first, first + 16)) for first in (1, 1, 2)
     )
     assert first == second
-    assert first != third
+    assert first[1:] == third[:-1]
     assert len({row[0] for row in first}) > 1
+    assert len({tuple(row) for row in first}) == 16
+
+
+def test_a_row_is_written_alike_whatever_it_is_written_with() -> None:
+    model = tiny(tied=False)
+    seeds = [11, 22, 33, 44]
+    whole = generate(model, PROMPTS, FREE, set(), seeds)
+    assert [generate(model, [p], FREE, set(), [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)] == whole
+    # Also where others stop and are dropped from the batch.
+    stop = {whole[0][1], whole[1][2], whole[2][3]}
+    cut = [next((i + 1 for i, token in enumerate(row) if token in stop), 12) for row in whole]
+    assert len(set(cut)) > 2
+    assert generate(model, PROMPTS, FREE, stop, seeds) == [
+        row[:end] for row, end in zip(whole, cut, strict=True)
+    ]
 
 
 def test_streaming_gives_what_generating_gives_as_it_is_written() -> None:
     model = tiny(tied=False).train()
-    whole = generate(model, PROMPTS[:1], FREE, set(), torch.Generator().manual_seed(1))[0]
-    streamed = stream(model, PROMPTS[0], FREE, set(), torch.Generator().manual_seed(1))
+    whole = generate(model, PROMPTS[:1], FREE, set(), [1])[0]
+    streamed = stream(model, PROMPTS[0], FREE, set(), 1)
     assert list(islice(streamed, 5)) == whole[:5]
     streamed.close()  # type: ignore[attr-defined]
     assert model.training  # as it was, even after half an answer

@@ -89,11 +89,13 @@ def test_two_ranks_through_the_whole_loop_give_one_ranks_losses(tiny: Path, tmp_
     assert (run / "pretrain" / "done.json").is_file()
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
-    from megachat.data.loader import share
-
-    with pytest.raises(ValueError, match=r"3 ranks cannot share the 8 samples"):
-        share([], 0, 8, 0, 3)  # type: ignore[arg-type]
+@on_ranks(3)
+def test_a_batch_with_fewer_samples_than_data_ranks_is_refused(tiny: Path, tmp_path: Path) -> None:
+    task = pretrain(tmp_path / "few", f"inputs={tiny}", "batch=2")
+    with pytest.raises(
+        ValueError, match=r"batch=2 has no sample for some of the 3 data-parallel ranks; use batch=3"
+    ):
+        task.execute()
 
 
 def test_changed_settings_do_not_overwrite_a_finished_stage(tiny: Path, tmp_path: Path) -> None:
