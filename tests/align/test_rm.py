@@ -73,7 +73,7 @@ def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):
     state = tiny.running(task)
     (whole,) = next(task.batches(state))
     pairs = state.data.train
-    drawn = [pairs[i] for i in order(len(pairs), task.seed, 0, 16)]
+    drawn = [pairs[i] for i in order(len(pairs), task.seed, range(16))]
     singles = [task.loss(state, collate([pair], state)) for pair in drawn]
     together = task.loss(state, whole)
     assert whole.weight == 16

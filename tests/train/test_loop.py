@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.parallel.mesh import start
 from megachat.run import perform
 from megachat.train.losses import IGNORE, cross_entropy
 from megachat.train.metrics import measured_flops, peak_flops
@@ -92,6 +93,7 @@ def test_two_ranks_through_the_whole_loop_give_one_ranks_losses(tiny: Path, tmp_
 @on_ranks(3)
 def test_a_batch_with_fewer_samples_than_data_ranks_is_refused(tiny: Path, tmp_path: Path) -> None:
     task = pretrain(tmp_path / "few", f"inputs={tiny}", "batch=2")
+    start(1).barrier()  # no rank leaves while others are still joining
     with pytest.raises(
         ValueError, match=r"batch=2 has no sample for some of the 3 data-parallel ranks; use batch=3"
     ):

@@ -1,0 +1,68 @@
+"""Every stage in any layout: three ranks, then two by two, then one, and nobody can tell from its losses.
+
+A batch of 8 samples on 3 data ranks is 3, 3 and 2. Sampled answers are the same ones on any rank, so the
+losses of PPO's policy and critic can be compared as those of other stages can.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.align import tiny
+from tests.spawn import on_ranks
+
+STAGES = {
+    "sft": ["epochs=9", "context=16", "validation=0.2"],
+    "rm": ["epochs=1"],
+    "dpo": ["epochs=1", "imitation=0.1"],
+    "ppo": [
+        "rollout=16", "at_once=3", "epochs=1", "max_new_tokens=6", "critic_first=0", "validation_prompts=4",
+        "optimizer.lr=1e-3",
+    ],
+}  # fmt: skip
+COMPARED = ("loss", "critic/loss", "gradient_norm", "critic/gradient_norm", "accuracy", "margin")
+COMPARED += ("reward/mean", "answer/length", "advantage", "validation/")
+
+
+def train(inputs: Path, run: Path, steps: int, *overrides: str) -> None:
+    """Every stage goes on to its step `steps`, in this layout. All start from what lies in `inputs`."""
+    for name, settings in STAGES.items():
+        sizes = ["batch=8", "micro_batch=2", "resume=any", "parallel.precision=fp32", "validation_interval=2"]
+        upto = f"rollouts={steps // 2}" if name == "ppo" else f"max_steps={steps}"
+        tiny.stage(name, inputs, run / name, *sizes, *settings, upto, *overrides).execute()
+
+
+@on_ranks(1)
+def alone(inputs: Path, run: Path, steps: int) -> None:
+    train(inputs, run, steps, "parallel=zero0")
+
+
+@on_ranks(3)
+def on_three(inputs: Path, run: Path, steps: int) -> None:
+    train(inputs, run, steps, "parallel=zero3")
+
+
+@on_ranks(4)
+def two_by_two(inputs: Path, run: Path, steps: int) -> None:
+    train(inputs, run, steps, "parallel=zero2_tp2")
+
+
+@pytest.mark.slow
+def test_every_stage_moves_from_three_ranks_to_two_by_two_to_one(inputs: Path, tmp_path: Path) -> None:
+    undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
+    alone(inputs=inputs, run=undisturbed, steps=6)
+    on_three(inputs=inputs, run=moved, steps=2)
+    two_by_two(inputs=inputs, run=moved, steps=4)
+    alone(inputs=inputs, run=moved, steps=6)
+    for name in STAGES:
+        expected, found = tiny.rows(undisturbed / name, name), tiny.rows(moved / name, name)
+        assert [row["step"] for row in found] == list(range(1, 7)), name
+        # Rows differ in length: other samples, or other answers, would be another number of tokens.
+        assert [row["tokens"] for row in found] == [row["tokens"] for row in expected], name
+        for there, here in zip(expected, found, strict=True):
+            compared = [key for key in there if key.startswith(COMPARED)]
+            assert "loss" in compared
+            assert ("critic/loss" in compared) == (name == "ppo")
+            assert {key: here[key] for key in compared} == pytest.approx(
+                {key: there[key] for key in compared}, rel=1e-4, abs=1e-6
+            ), (name, here["step"])
