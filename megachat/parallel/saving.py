@@ -200,7 +200,10 @@ class Saver:
             self._alarm(save, problem)
             return
         if self.background:
-            copies = deque((name, _host_copy(tensor)) for name, tensor in self._share())
+            live = {role: engine.parallel.zero == 0 for role, engine in self.engines.items()}
+            copies = deque(
+                (name, _host_copy(tensor, live[name.partition("/")[0]])) for name, tensor in self._share()
+            )
             if self.mesh.device.type == "cuda":
                 torch.cuda.synchronize()
             save.thread = threading.Thread(target=self._write_copies, args=(save, copies), daemon=True)
@@ -349,9 +352,12 @@ class Saver:
         return problem
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    """In memory that a GPU can write to while it computes."""
+def _host_copy(tensor: Tensor, live: bool) -> Tensor:
+    """What no step changes any more, in memory that a GPU can write to while it computes.
+
+    At ZeRO 0 the logical tensors are the live ones; elsewhere they have just been gathered.
+    """
     if not tensor.is_cuda:
-        return tensor.detach().clone()
+        return tensor.detach().clone() if live else tensor.detach()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor.detach(), non_blocking=True)

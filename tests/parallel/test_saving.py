@@ -31,9 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("saving") / "runs" / "tiny")
 
 
-def saver(tiny: Path, stage: Path, **settings: Any) -> Saver:
+def saver(tiny: Path, stage: Path, zero: int = 1, **settings: Any) -> Saver:
     """Of a small model with nothing trained, in a stage's folder."""
-    task = pretrain(tiny)
+    task = pretrain(tiny, f"parallel.zero={zero}")
     mesh = start(1)
     torch.manual_seed(0)
     model = task.model.build(300)
@@ -158,33 +158,40 @@ def test_a_writer_that_died_commits_nothing(tiny: Path, tmp_path: Path) -> None:
 
 @on_ranks(1)
 def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Path) -> None:
-    writes = saver(tiny, tmp_path, background=True)
-    go = threading.Event()
     whole = saving.write_tensors
+    for zero in range(4):
+        stage = tmp_path / f"zero-{zero}"
+        writes = saver(tiny, stage, zero=zero, background=True)
+        engine, go = writes.engines["model"], threading.Event()
 
-    def waits(*arguments: Any) -> saving.Files:
-        go.wait(60)
-        return whole(*arguments)
+        def waits(*arguments: Any, go: threading.Event = go) -> saving.Files:
+            go.wait(60)
+            return whole(*arguments)
 
-    saving.write_tensors = waits
-    before = {name: tensor.clone() for name, tensor in writes.engines["model"].logical()}
-    writes.save({"step": 1})
-    with torch.no_grad():  # a step of the training
-        for parameter in writes.engines["model"].module.parameters():
-            parameter.add_(1.0)
-    writes.poll()
-    assert writes.step is None
-    go.set()
-    deadline = time.monotonic() + 60
-    while writes.step is None and time.monotonic() < deadline:
+        def step(engine: Engine = engine) -> None:
+            engine.backward(engine(torch.arange(24).view(2, 12)).logsumexp(-1).sum(), last=True)
+            engine.step(1e-2)
+
+        saving.write_tensors = waits
+        step()
+        before = {name: tensor.clone() for name, tensor in engine.logical()}
+        writes.save({"step": 1})
+        step()
         writes.poll()
-    figures = writes.take_figures()
-    assert figures["checkpoint/stall"] <= figures["checkpoint/seconds"]
-    assert figures["checkpoint/bytes"] == sum(tensor.nbytes for tensor in before.values())
-    saved = checkpoint.newest(tmp_path / "checkpoints", writes.mesh)
-    assert saved is not None
-    read = saved.reader("model")
-    assert all(torch.equal(read(name), tensor) for name, tensor in before.items())
+        assert writes.step is None
+        go.set()
+        deadline = time.monotonic() + 60
+        while writes.step is None and time.monotonic() < deadline:
+            writes.poll()
+        figures = writes.take_figures()
+        assert figures["checkpoint/stall"] <= figures["checkpoint/seconds"]
+        assert figures["checkpoint/bytes"] == sum(tensor.nbytes for tensor in before.values())
+        saved = checkpoint.newest(stage / "checkpoints", writes.mesh)
+        assert saved is not None
+        read = saved.reader("model")
+        assert all(torch.equal(read(name), tensor) for name, tensor in before.items()), zero
+        after = dict(engine.logical())
+        assert not any(torch.equal(after[name], tensor) for name, tensor in before.items()), zero
 
 
 @on_ranks(1)
