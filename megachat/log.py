@@ -106,15 +106,21 @@ class Recorder:
         self.wandb: Any = None
         if not is_main():
             return
+        self.rewind(step)
+        self.samples: list[list[Any]] = []
+        if stage.log.wandb != "disabled":
+            self._start_wandb()
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows behind a step, which the run is about to take once more."""
+        if not is_main():
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            path = stage.folder / name
+            path = self.stage.folder / name
             rows = [json.loads(line) for line in _complete_lines(path)]
             with replacing(path) as temporary:
                 kept = "".join(_line(row) for row in rows if row["step"] <= step)
                 temporary.write_text(kept, encoding="utf-8")
-        self.samples: list[list[Any]] = []
-        if stage.log.wandb != "disabled":
-            self._start_wandb()
 
     def _start_wandb(self) -> None:
         import wandb

@@ -23,7 +23,7 @@ from megachat.files import replacing, sha256, write_json
 from megachat.log import Log, say
 
 APART = (
-    "done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "wandb.json", "notes.json",
+    "done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "wandb.json", "notes.json",
     "restarts.json", "refused.json", "heartbeat.json", "attempt.json", "saved.json",
 )  # fmt: skip
 """Files that tell how a stage went and are no output: later stages do not depend on them."""

@@ -12,6 +12,7 @@ no fp32 weights, so it runs under autocast.
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,8 @@ from deepspeed.utils import (
 from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(logging.WARNING)
+# A step that it throws away is for the loop to tell, which knows the batch.
+logger.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 # DeepSpeed 0.19 still calls collectives by names that newer torch calls deprecated, at every step.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 # Under autocast (ZeRO 0 in bf16) norms meet fp32 weights: torch warns that it takes the slower kernel.
@@ -182,14 +185,37 @@ class Engine:
             self._engine.step()  # counts the micro-batch, changes nothing
 
     def step(self, learning_rate: float) -> float:
-        """Clips, takes one optimizer step, clears gradients; returns the gradient norm before clipping."""
+        """Clips, takes one optimizer step, clears gradients; returns the gradient norm before clipping.
+
+        If that is not finite, gradients are cleared and nothing else changes: weights, moments, their count.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_by_hand() if self.parallel.zero == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.skip()
+            return norm
         self._engine.step()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         return norm
+
+    def skip(self) -> None:
+        """Ends a step without an update: gradients are cleared, nothing else changes. All ranks call it."""
+        if self.parallel.zero == 0:
+            self.module.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
+            self._engine.step()
+            return
+        # DeepSpeed throws away a step whose gradients are not finite, with all that it has gathered for it.
+        zero = self._engine.optimizer
+        if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # its ZeRO 1 in bf16
+            gradients = list(zero.fp32_groups_gradient_flat_partition)
+        else:
+            gradients = [gradient for group in zero.averaged_gradients.values() for gradient in group]
+        for gradient in gradients:
+            gradient.fill_(math.nan)
+        self._engine.step()
+        assert not math.isfinite(self._engine.get_global_grad_norm()), "DeepSpeed has taken the step"
 
     def _clip_by_hand(self) -> float:
         """The global gradient norm, counting each logical parameter once, and the clip to it."""
@@ -201,13 +227,23 @@ class Engine:
                 squares[int(cut)] += parameter.grad.double().square().sum()
                 gradients.append(parameter.grad)
         if self.mesh.tensor > 1:
-            cut_squares = squares[1].clone()
-            dist.all_reduce(cut_squares, group=self.mesh.tensor_group)
-            squares[1] = cut_squares
+            dist.all_reduce(squares, group=self.mesh.tensor_group)
+            squares[0] /= self.mesh.tensor  # a gradient that is not finite must be so on all ranks
         norm = squares.sum().sqrt().item()
-        if self.clip and norm > self.clip:
+        if self.clip and self.clip < norm < math.inf:
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
         return norm
+
+    def bits(self) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+        """For each parameter that other ranks hold, too: its bits, summed as whole numbers, and whether it is
+        the tensor rank's part of one. Under ZeRO 3 there are none.
+        """
+        if self.parallel.zero == 3:
+            return
+        for name, parameter in self.module.named_parameters():
+            numbers = parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            cut = split_axis(self.shapes[name], parameter.shape) is not None
+            yield name, (numbers.sum(dtype=torch.int64), cut)
 
     # The logical tensors: what a checkpoint holds.
 

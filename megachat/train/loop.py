@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
 from megachat.run import Stage, begin, finish, record_config
 from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.guard import Guard, Skipped, Span, Unequal, compare, culprits
 from megachat.train.metrics import memory_gib, peak_flops
 from megachat.train.optimizers import Optimizer
 from megachat.train.schedules import Schedule
@@ -46,7 +47,7 @@ class Progress:
     """How far a run is: what a checkpoint remembers besides tensors."""
 
     step: int = 0
-    """Optimizer steps taken."""
+    """Optimizer steps taken, those included whose batch was skipped."""
     samples: int = 0
     """Samples read by all ranks together; where the loader goes on."""
     tokens: int = 0
@@ -57,10 +58,19 @@ class Progress:
     """The step of the last validation."""
     data: dict[str, Any] = field(default_factory=dict)
     """What `samples` counts: which data in which order, for stages that can tell when it has changed."""
+    skipped: int = 0
+    """Steps without an update, for the batch was skipped."""
+    recent: list[float] = field(default_factory=list)
+    """The losses of the last good steps, with which the guard compares the next."""
+
+    @property
+    def updates(self) -> int:
+        """How often the weights were updated."""
+        return self.step - self.skipped
 
 
 class Diverged(ValueError):
-    """A loss or a gradient norm is not a number, on all ranks alike."""
+    """Batch after batch is bad, and going back has not helped."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,10 @@ class Running:
     """Figures to add to the next logged row, such as the mean reward of a rollout."""
     watch: Watch = field(default_factory=Watch)
     """Is told what the run is about to do."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Which samples are left out."""
+    bad: int = 0
+    """How many batches in a row the guard has found bad, up to the last."""
 
     @property
     def synced(self) -> Callable[[bool], bool] | None:
@@ -154,6 +168,11 @@ class Task(Stage):
     """The learning rate over the run."""
     clip: NonNegativeFloat
     """The largest gradient norm; 0 switches clipping off."""
+    guard: Guard
+    """When a step is not to be trusted."""
+    skip: list[Span]
+    """Samples to leave out, as [[first, last], ...] by their place in the order of the data: a batch that
+    holds one of them is passed over, and the step is taken without an update."""
     context: PositiveInt
     """Tokens in one row, at most."""
     batch: PositiveInt
@@ -179,7 +198,7 @@ class Task(Stage):
 
     neutral: ClassVar[tuple[str, ...]] = (
         "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "checkpoint_keep_every",
-        "checkpoint_background", "validation_interval", "resume", "watch",
+        "checkpoint_background", "validation_interval", "resume", "watch", "guard",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
 
@@ -218,6 +237,14 @@ class Task(Stage):
     def may_stop(self, run: Running) -> bool:
         """Whether the step just taken is a place to resume from (not in the middle of a rollout)."""
         return True
+
+    def shifts(self, run: Running) -> bool:
+        """Whether the next step's data is of another kind, whose losses are not those of the steps before."""
+        return False
+
+    def samples_of(self, run: Running, first: int, last: int) -> str:
+        """What the samples of these numbers are, for a person who looks for a bad one; "" says nothing."""
+        return ""
 
     def show(self, run: Running) -> str | None:
         """A sample of what the model does now, for the log; None for none. All ranks call it."""
@@ -275,6 +302,8 @@ def fit(task: Task) -> None:
             _continue_from(saved, task, run)
         watch.at("prepare")
         run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
+        run.skipped = Skipped(task.skip, task.folder / "skipped.jsonl")
+        run.skipped.recall(task.fingerprint(), run.progress.step, mesh)
         if mesh.rank == 0:
             record_config(task)
             tokenizer.save(task.folder / "tokenizer.model")
@@ -295,6 +324,24 @@ def fit(task: Task) -> None:
             background=task.checkpoint_background,
             step=None if saved is None else run.progress.step,
         )
+        compared, rollbacks = run.progress.step, 0
+        stuck = -1  # the updates of the checkpoint that the run went back to
+
+        def check() -> None:
+            nonlocal compared
+            watch.at("compare")
+            try:
+                compare(run.engines, mesh, compared)
+            except Unequal:  # on all ranks alike: what is being saved was compared
+                saver.finish()
+                raise
+            compared = run.progress.step
+
+        def save() -> None:
+            if task.guard.compare:
+                check()
+            watch.at("save")
+            saver.save(asdict(run.progress))
 
         def validate() -> None:
             watch.at("validation")
@@ -314,21 +361,31 @@ def fit(task: Task) -> None:
             _reseed(task.seed, run)
             batches = next(steps)
             rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
-            try:
-                sums = train_step(task, run, batches, rate)
-            except Diverged:  # on all ranks alike: what is being saved is from before
-                saver.finish()
-                raise
+            sums = train_step(task, run, batches, rate)
             run.progress.step += 1
             watch.stepped(run.progress.step)
+            if run.bad >= task.guard.rollback_after:
+                rollbacks += 1
+                _roll_back(task, run, saver, rollbacks, rate)
+                steps, stuck = task.batches(run), run.progress.updates
+                saver.step = saver.tried = compared = bar.n = run.progress.step
+                recorder.rewind(run.progress.step)
+                meter.restart()
+                continue
             meter.add(sums, rate)
             bar.update()
             watch.at("poll")
             saver.poll()
             stopping = task.may_stop(run) and mesh.any(stop.requested)
             last = run.progress.step == run.total
+            if task.guard.compare and run.progress.step % task.guard.compare == 0:
+                check()
             if _validation_due(task, run) and not stopping:
                 validate()
+            lost = run.bad and not all(map(math.isfinite, run.notes.values()))
+            if last and not stopping and (lost or run.progress.updates == stuck):
+                saver.finish()
+                raise _diverged(task, run, rate, "and so it is at the end")
             watch.at("log")
             run.progress.seconds = time.monotonic() - begun
             if last or run.notes or run.progress.step % task.log.interval == 0:
@@ -336,9 +393,11 @@ def fit(task: Task) -> None:
                 row = meter.report(run.progress.seconds)
                 recorder.row(row)
                 bar.set_postfix_str(_short(row), refresh=False)
-            if stopping or (saver.due(run.progress.step) and task.may_stop(run) and not last):
-                watch.at("save")
-                saver.save(asdict(run.progress))
+            # Not after a bad batch: it may be the weights, and then the checkpoint is the way back.
+            due = bool(sums) and saver.due(run.progress.step) and task.may_stop(run) and not last
+            if due or (stopping and not run.bad):
+                save()
+                rollbacks = 0
         watch.at("save")
         saver.finish()
         if stopping:
@@ -346,7 +405,7 @@ def fit(task: Task) -> None:
             say(f"{task.name}: asked to stop; {saved_at}, the same command goes on from there")
             return
         if saver.step != run.progress.step:
-            saver.save(asdict(run.progress))
+            save()
             saver.finish()
         if saver.step != run.progress.step:
             raise ValueError(
@@ -361,14 +420,64 @@ def fit(task: Task) -> None:
 
 
 def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> dict[str, float]:
-    """One optimizer step: forward, backward over the micro-batches, then clip and step.
+    """One optimizer step: forward and backward over the micro-batches, then clip and step, if all is sound.
 
-    Returns sums over all ranks.
+    Returns sums over all ranks; {} of a step without an update, whose batch is skipped.
     """
     run.watch.at("count")
     local = [sum(getattr(batch, name) for batch in batches) for name in ("weight", "tokens", "samples")]
     weight, tokens, samples = run.mesh.sum_tensor(torch.tensor(local, dtype=torch.float64)).tolist()
-    sums: dict[str, Tensor] = {}
+    first, last = run.progress.samples, run.progress.samples + int(samples) - 1
+    if task.shifts(run):
+        run.progress.recent = []
+    known = why = run.skipped.why(first, last)
+    sums: dict[str, float] = {}
+    if not known:
+        result = attempt_step(task, run, batches, weight, rate)
+        if result.wrong and not run.bad and not result.stepped:  # is it the batch or the hardware?
+            _reseed(task.seed, run)
+            doubtful, result = result, attempt_step(task, run, batches, weight, rate)
+            if not result.wrong:
+                say(
+                    f"ALARM: step {run.progress.step + 1}: {doubtful.wrong}; computed again it is sound, so "
+                    f"a chip has miscounted, of {culprits(doubtful.own, result.own, run.mesh)}; "
+                    "the second result counts"
+                )
+        sums, why = result.sums, result.wrong
+        run.bad = run.bad + 1 if why else 0
+    if why:
+        what = task.samples_of(run, first, last)
+        say(
+            f"{task.name}: step {run.progress.step + 1} skipped: {why}; samples {first}-{last} of the order"
+            + (f" ({what})" if what else "")
+        )
+        run.progress.skipped += 1
+        if not known:
+            run.skipped.add(run.progress.step + 1, first, last, why)
+    elif task.guard.spike:
+        run.progress.recent = [*run.progress.recent, sums["loss"] / weight][-task.guard.window :]
+    run.progress.tokens += int(tokens)
+    run.progress.samples += int(samples)
+    return {} if why else sums | {"weight": weight}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a batch."""
+
+    sums: dict[str, float]
+    """Over all ranks."""
+    own: Tensor
+    """This rank's share of them."""
+    wrong: str
+    """What is wrong; then there was no update."""
+    stepped: bool
+    """Whether a model was updated: of several, one may have a gradient that is not finite."""
+
+
+def attempt_step(task: Task, run: Running, batches: list[Batch], weight: float, rate: float) -> Result:
+    """Forward, backward, and the step, unless something is wrong."""
+    summed: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         run.watch.at("forward")
         result = task.loss(run, batch)
@@ -377,25 +486,29 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         for role, loss in result.losses.items():
             run.engines[role].backward(counts * loss / weight, last=index == len(batches) - 1)
             name = "loss" if role == "model" else f"{role}/loss"
-            sums[name] = sums.get(name, 0.0) + counts * loss.detach().double()
+            summed[name] = summed.get(name, 0.0) + counts * loss.detach().double()
         for name, value in result.metrics.items():
-            sums[name] = sums.get(name, 0.0) + counts * value.detach().double()
+            summed[name] = summed.get(name, 0.0) + counts * value.detach().double()
     run.watch.at("sum")
-    out = dict(zip(sums, run.mesh.sum_tensor(torch.stack(list(sums.values()))).tolist(), strict=True))
+    own = torch.stack(list(summed.values()))
+    sums = dict(zip(summed, run.mesh.sum_tensor(own.clone()).tolist(), strict=True))
+    why = task.guard.objection(sums, weight, run.progress.recent)
+    if run.mesh.tensor > 1 and run.mesh.any(bool(why)):  # ranks of one group may differ in the last bit
+        why = why or "another rank objects"
     run.watch.at("step")
+    stepped = False
     for role in result.losses:
+        if why and not stepped:
+            run.engines[role].skip()
+            continue
         norm = run.engines[role].step(rate * task.rate_of(role))
-        out["gradient_norm" if role == "model" else f"{role}/gradient_norm"] = norm * weight
-    for name, value in out.items():
-        if not math.isfinite(value):  # before such weights are saved
-            raise Diverged(
-                f"{name} is {value / weight} at step {run.progress.step + 1}, at learning rate {rate:g}: "
-                "training has diverged; lower optimizer.lr or lengthen schedule.warmup, and add resume=any "
-                "to go on from the newest checkpoint"
-            )
-    run.progress.tokens += int(tokens)
-    run.progress.samples += int(samples)
-    return out | {"weight": weight}
+        name = "gradient_norm" if role == "model" else f"{role}/gradient_norm"
+        sums[name] = norm * weight
+        if math.isfinite(norm):
+            stepped = True
+        else:
+            why = f"{name} is {norm}"
+    return Result(sums, own, why, stepped)
 
 
 class _Meter:
@@ -416,12 +529,12 @@ class _Meter:
 
     def report(self, seconds: float) -> dict[str, float | int | None]:
         """The row to log; the sums start again."""
-        weight = self.sums.pop("weight")
+        weight = self.sums.pop("weight", None)  # None: all batches were skipped
         speed = (self.run.progress.tokens - self.tokens) / (time.monotonic() - self.since)
         peak = None if self.peak is None else self.peak * self.run.mesh.world
         row: dict[str, float | int | None] = {
             "step": self.run.progress.step,
-            **{name: value / weight for name, value in self.sums.items()},
+            **{name: value / weight for name, value in self.sums.items() if weight},
             "learning_rate": self.rate,
             "tokens": self.run.progress.tokens,
             "tokens_per_second": speed,
@@ -429,6 +542,7 @@ class _Meter:
             "memory_gib": memory_gib(self.run.mesh.device),
             "seconds": seconds,
             **self.run.watch.figures,
+            **({"guard/skipped": self.run.progress.skipped} if self.run.progress.skipped else {}),
             **self.run.notes,
         }
         self.run.notes.clear()
@@ -450,9 +564,8 @@ def _short(row: dict[str, float | int | None]) -> str:
         for name in row
         if name.startswith(("validation/", "reward/mean"))
     ]
-    return ", ".join(
-        [f"loss {row['loss']:.3f}", *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"]
-    )
+    loss = f"loss {row['loss']:.3f}" if "loss" in row else "no loss"
+    return ", ".join([loss, *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"])
 
 
 def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> None:
@@ -481,6 +594,36 @@ def restore(saved: checkpoint.Checkpoint, run: Running) -> Progress:
         counted = saved.manifest.get("optimizer_steps", {}).get(role, progress.step)
         engine.load_logical(saved.reader(role), counted)
     return progress
+
+
+def _roll_back(task: Task, run: Running, saver: Saver, times: int, rate: float) -> None:
+    """Back to the newest checkpoint, for the `times`-th time without getting further."""
+    run.watch.at("going back")
+    saver.finish()
+    saved = checkpoint.newest(task.folder / "checkpoints", run.mesh)
+    if saved is None or times > task.guard.give_up:
+        where = f"going back to {saved.path.name} has not helped" if saved else "no checkpoint to go back to"
+        raise _diverged(task, run, rate, where)
+    at = run.progress.step
+    run.progress = restore(saved, run)
+    run.bad = 0
+    say(
+        f"ALARM: {task.name}: {task.guard.rollback_after} bad batches in a row, so it may be the weights: "
+        f"back from step {at} to step {run.progress.step} ({saved.path}), and on without those batches"
+    )
+
+
+def _diverged(task: Task, run: Running, rate: float, where: str) -> Diverged:
+    step, first, last, why = astuple(run.skipped.found[-1])
+    for found in reversed(run.skipped.found):
+        if found.last + 1 >= first:  # of the bad batches in a row
+            first = found.first
+    return Diverged(
+        f"{why} at step {step}, at learning rate {rate:g}, and samples {first}-{last} of the order were bad "
+        f"one and all; {where}: training has diverged. Lower optimizer.lr or lengthen schedule.warmup, or, "
+        f"if it is those samples, leave them out with skip=[[{first},{last}]]; then add resume=any to go on "
+        "from the newest checkpoint"
+    )
 
 
 def _reseed(seed: int, run: Running) -> None:

@@ -49,7 +49,8 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(tiny: Path) -> None:
     run = tiny.parent / "diverged"
     with pytest.raises(pytest.fail.Exception, match="training has diverged") as failure:
         trained(run=run, overrides=[f"inputs={tiny}", "optimizer.lr=1e30", "checkpoint_interval=1"])
-    assert "at step 2, at learning rate 1e+30" in str(failure.value), str(failure.value)
+    for part in ("at step 12, at learning rate 4", "so it is at the end", "skip=[[8,95]]"):
+        assert part in str(failure.value), str(failure.value)
     saved = sorted(path.name for path in (run / "pretrain" / "checkpoints").iterdir())
     assert saved == ["latest.json", "step-00000001"]
 
