@@ -26,7 +26,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Exits 2 when the config has mistakes, 1 when the input has."""
+    """The command line. Exits 2 when the config has mistakes, 1 when the input has.
+
+    And 70 when this node is unfit for training, 75 when a port is taken, 87 when training stood still.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     known = stages()
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -73,7 +76,7 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
             from megachat.parallel.mesh import expected_world, launch
 
             if (processes := expected_world()) > 1:
-                sys.exit(launch(command, processes))
+                sys.exit(launch(command, processes, stage.folder / "heartbeat.json"))
         elif not stage.trains and int(tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             raise ValueError(
                 f"{stage.name} is one process, and srun started {tasks} that would write the same files; "
@@ -86,14 +89,15 @@ def _execute(tree: dict[str, Any], command: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not isinstance(error, Superseded):
             refuse(stage, str(error))
-        if os.environ.get("MEGACHAT_TRACEBACK"):
+        code = getattr(error, "exit_code", 1)  # what a launcher is to do: another node, another port
+        if os.environ.get("MEGACHAT_TRACEBACK") and code == 1:
             raise
         if isinstance(error, OSError) and error.strerror:
             remedy = "; free some and run the same command again" if error.errno == errno.ENOSPC else ""
             error = ValueError(f"{error.filename or stage.run}: {error.strerror.lower()}{remedy}")
         print(f"megachat {command[0]}: {error}", file=sys.stderr)
         print("(MEGACHAT_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(code)
 
 
 def _through_hydra(stage: str, overrides: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ fast links. A process started without `RANK` and outside Slurm makes one rank fo
 one in all.
 """
 
+import json
 import os
 import signal
 import socket
@@ -37,6 +38,8 @@ TAKEN = 75
 
 class PortTaken(OSError):
     """Somebody else listens where rank 0 was told to."""
+
+    exit_code = TAKEN
 
 
 def adopt_slurm() -> None:
@@ -74,11 +77,20 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int, heartbeat: Path | None = None) -> int:
     """Starts `python -m megachat <arguments>` once per rank on this machine and waits for all of them.
 
-    Signals are passed on. When one rank fails the others are stopped, and its exit code is returned.
+    Signals are passed on. When one rank fails the others are stopped, and its exit code is returned. They are
+    started anew when somebody else was quicker to take their port, and killed when `heartbeat` stands still.
     """
+    for _ in range(3):
+        code = _launch_once(arguments, processes, heartbeat)
+        if code != TAKEN:
+            break
+    return code
+
+
+def _launch_once(arguments: Sequence[str], processes: int, heartbeat: Path | None) -> int:
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
@@ -87,13 +99,57 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         )
         for rank in range(processes)
     ]
+    pulse = None if heartbeat is None else Pulse(heartbeat, ranks[0].pid)
     with passing_on_signals(ranks):
         while True:
             codes = [rank.poll() for rank in ranks]
             failed = next((code for code in codes if code), None)
+            stopped = pulse.stopped() if pulse is not None and failed is None else ""
+            if stopped:  # each rank watches the others, so that all must have stopped together
+                print(f"HUNG: {stopped}; the ranks are killed", file=sys.stderr)
+            if failed == HUNG or stopped:
+                _kill(ranks, 0.0 if stopped else 15.0)  # one that is frozen would not stop when asked to
+                return HUNG
             if failed is not None or all(code == 0 for code in codes):
                 return failed or 0
             time.sleep(0.1)
+
+
+def _kill(children: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for child in children:
+        child.kill()
+
+
+class Pulse:
+    """Whether rank 0, which rewrites its `heartbeat.json` as it gets on, has stopped doing so."""
+
+    SLACK = 60.0
+    """Seconds beyond the limit that the file itself names: the ranks' own watch comes first."""
+
+    def __init__(self, path: Path, pid: int) -> None:
+        self.path, self.pid = path, pid
+        self.text, self.since, self.looked = "", time.monotonic(), time.monotonic()
+
+    def stopped(self) -> str:
+        """Where it stands, once that has lasted too long."""
+        now = time.monotonic()
+        if now - self.looked > 10:  # this process was frozen itself
+            self.since = now
+        self.looked = now
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            beat = json.loads(text)
+            if text != self.text or beat["pid"] != self.pid:
+                self.text, self.since = text, now
+            limit = beat["limit"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        if limit is None or now - self.since <= limit + min(limit, self.SLACK):
+            return ""
+        return f"rank 0 stands in `{beat['section']}` of step {beat['step']} for {now - self.since:.0f} s"
 
 
 @contextmanager

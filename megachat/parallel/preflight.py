@@ -1,7 +1,7 @@
 """Looked at once before training: whether this node can compute, talk to the others, and see the run folder.
 
-A node that fails is told from a mistake of the user's: its ranks end with code 70, so that a launcher can start
-the run again without it. What may yet be well (a clock that is wrong, a disk that is nearly full) is only said.
+A node that fails is told from a mistake of the user's: its ranks end with code 70, so that a launcher can
+start the run again without it. What may yet do (a wrong clock, a disk that is nearly full) is only said.
 """
 
 import secrets
@@ -20,7 +20,7 @@ from megachat.parallel.mesh import Mesh
 APART = 5.0
 """Seconds by which clocks may differ."""
 PATIENCE = 20.0
-"""Seconds until a file that one node has written must be seen by all: network file systems remember absence."""
+"""Seconds until all nodes must see a file that one has written: network file systems remember absence."""
 
 
 class Unfit(OSError):
@@ -57,13 +57,14 @@ def preflight(mesh: Mesh, folder: Path, needed: int) -> None:
     if mesh.rank == 0:
         for host, ranks in at_odds(skew, [found.host for found in everybody]).items():
             mine.notes.append(
-                f"the clock of {host} is {skew[ranks] - skew[0]:+.0f} s from that of {mine.host}, where rank 0 "
-                "runs; times in logs and files will mislead"
+                f"the clock of {host} is {skew[ranks] - skew[0]:+.0f} s from that of {mine.host}, where "
+                "rank 0 runs; times in logs and files will mislead"
             )
         free = shutil.disk_usage(folder).free
         if free < needed:
             mine.notes.append(
-                f"{folder} has {free / 1e9:.2f} GB free, and a checkpoint takes {needed / 1e9:.2f} GB; free some"
+                f"{folder} has {free / 1e9:.2f} GB free, and a checkpoint takes {needed / 1e9:.2f} GB; "
+                "free some"
             )
         for note in dict.fromkeys([*(note for found in everybody for note in found.notes), *mine.notes]):
             say(f"preflight: {note}")
@@ -100,7 +101,8 @@ def check_gpu(device: torch.device, found: Findings) -> None:
         free, total = torch.cuda.mem_get_info(device)
         if free < total / 2:
             found.notes.append(
-                f"{device} of {found.host} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free: somebody else uses it"
+                f"{device} of {found.host} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free: "
+                "somebody else uses it"
             )
         draw = torch.Generator().manual_seed(0)
         a, b = (torch.randint(-8, 9, (512, 512), generator=draw).float() for _ in range(2))

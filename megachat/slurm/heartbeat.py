@@ -5,6 +5,7 @@ file changes counts, by this process's own clock: the clocks of nodes may be wro
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Watch:
         """Which file was there; at first, perhaps one of an earlier attempt."""
         self.first_step: object = None
         self.stepped = False
+        self.long = 0.0
+        """How long it may take over what it is doing, where that is no part of a step: saving, a rollout."""
         self.last = ""
         self.since = self.looked = clock()
 
@@ -46,7 +49,7 @@ class Watch:
         if mark != self.mark:
             self.mark, self.since = mark, now
             self._read()
-        limit = self.limits.step if self.stepped else self.limits.start
+        limit = max(self.limits.step, self.long) if self.stepped else self.limits.start
         if now - self.since <= limit:
             return ""
         return f"no sign of life for {limit:g} s, {self.last or 'before the first one'}"
@@ -62,9 +65,11 @@ class Watch:
         try:
             beat = json.loads(self.path.read_text(encoding="utf-8"))
             step, section = beat["step"], beat.get("section")
+            # The ranks' own watch comes first: it says which of them it is. Its limit may be none at all.
+            self.long = float(beat.get("limit") or math.inf) + 60 if beat.get("long") else 0.0
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return  # it is being replaced, or the folder has been moved away
         if self.first_step is None:
             self.first_step = step
-        self.stepped = self.stepped or step != self.first_step
+        self.stepped = self.stepped or bool(beat.get("settled", step != self.first_step))
         self.last = f"the last in {section!r} at step {step}" if section else f"the last at step {step}"

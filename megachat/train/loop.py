@@ -29,6 +29,7 @@ from megachat.model.size import flops_per_token
 from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import Mesh, start
+from megachat.parallel.preflight import preflight
 from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
 from megachat.run import Stage, begin, finish, record_config
@@ -193,12 +194,15 @@ class Task(Stage):
     """Optimizer steps between validations; 0 validates at the end only."""
     watch: Watching
     """When a run that stands still is ended, and which rank is called slow."""
+    preflight: bool
+    """Look at every node before the start: GPU, network, run folder, clock."""
     resume: Literal["same", "any"]
     """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever changed."""
 
     neutral: ClassVar[tuple[str, ...]] = (
         "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "checkpoint_keep_every",
         "checkpoint_background", "validation_interval", "resume", "watch", "guard",
+        "preflight",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
 
@@ -285,6 +289,10 @@ def fit(task: Task) -> None:
         }
         trunk = checkpoint.trunk(models["model"])
         check_fits(trunk.config, task.parallel.tensor)
+        if task.preflight and (mesh.world > 1 or mesh.device.type == "cuda"):
+            watch.at("preflight")
+            preflight(mesh, task.folder, _checkpoint_bytes(models))
+            watch.at("load")
         flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
         run.engines = {
             role: Engine(
@@ -624,6 +632,11 @@ def _diverged(task: Task, run: Running, rate: float, where: str) -> Diverged:
         f"if it is those samples, leave them out with skip=[[{first},{last}]]; then add resume=any to go on "
         "from the newest checkpoint"
     )
+
+
+def _checkpoint_bytes(models: dict[str, nn.Module]) -> int:
+    """At most: a weight and two moments in fp32 for every parameter."""
+    return 12 * sum(parameter.numel() for model in models.values() for parameter in model.parameters())
 
 
 def _reseed(seed: int, run: Running) -> None:

@@ -38,7 +38,7 @@ from megachat.config import Config
 from megachat.log import say
 from megachat.parallel.mesh import HUNG, Mesh, meeting, place
 
-LONG = frozenset(("load", "prepare", "save", "validation", "sample", "rollout", "finish"))
+LONG = frozenset(("load", "prepare", "going back", "save", "validation", "sample", "rollout", "finish"))
 """Sections that may take long."""
 
 HEARTBEAT = "heartbeat.json"
@@ -127,7 +127,8 @@ class Watch:
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.folder: Path | None = None
         self.attempt: int | None = None
-        self._beaten, self._complained, self._mine_ended = -math.inf, False, ""
+        self._beaten, self._beaten_long = -math.inf, False
+        self._complained, self._mine_ended = False, ""
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -147,7 +148,7 @@ class Watch:
             self.settled = self.settled or self.step > 0
             self.step = step
         self.moves += 1
-        if self.folder is not None and (now - self._beaten >= 1.0 or section in LONG):
+        if self.folder is not None and (now - self._beaten >= 1.0 or self._beaten_long != (section in LONG)):
             self._beat(now)
 
     def follow(self, folder: Path) -> None:
@@ -196,7 +197,7 @@ class Watch:
                 )
 
     def _beat(self, now: float) -> None:
-        self._beaten = now
+        self._beaten, self._beaten_long = now, self.section in LONG
         assert self.folder is not None
         limit = self.limit()
         try:
@@ -206,6 +207,7 @@ class Watch:
                 {
                     "step": self.step, "section": self.section, "time": time.time(),
                     "limit": limit if math.isfinite(limit) else None,
+                    "long": self._beaten_long, "settled": self.settled,
                     "attempt": self.attempt or 0, "pid": self.pid, "host": self.host,
                 }
             )  # fmt: skip

@@ -1,8 +1,18 @@
-"""Where a rank computes."""
+"""Where a rank computes, how ranks meet, and what becomes of those that do not come."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from megachat.parallel.mesh import must_have_none
+from megachat.parallel.mesh import TAKEN, Pulse, free_port, must_have_none
+from tests.spawn import on_ranks
+from tests.tiny_run import environment
 
 
 def test_training_on_the_cpu_of_a_gpu_node_takes_an_explicit_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +26,87 @@ def test_training_on_the_cpu_of_a_gpu_node_takes_an_explicit_word(monkeypatch: p
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
     monkeypatch.setattr("torch.version.cuda", "13.0")
     must_have_none()
+
+
+MEET = """
+import sys
+from megachat.parallel import mesh
+try:
+    mesh.start(1, patience=float(sys.argv[1]))
+except OSError as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(getattr(error, "exit_code", 1))
+print("met", mesh.meeting().leader)
+"""
+
+
+def rank(number: int, world: int, port: int, patience: float = 8) -> subprocess.Popen[str]:
+    place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", MEET, str(patience)]
+    return subprocess.Popen(command, env=environment() | place, text=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_come_are_named_and_those_that_have() -> None:
+    port = free_port()
+    came = [rank(0, 4, port), rank(2, 4, port, patience=100)]
+    for process in came:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 1, said
+        here = rf"host {re.escape(socket.gethostname())}, pid"
+        places = rf"rank 0 on {here} {came[0].pid}; rank 2 on {here} {came[1].pid}"
+        assert re.search(rf"2 of 4 ranks have come in 8 s; missing: 1, 3\. Came: {places}\.", said), said
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_reach_the_first_says_where_it_looked() -> None:
+    port = free_port()
+    alone = rank(1, 2, port, patience=2)
+    said, _ = alone.communicate(timeout=120)
+    assert f"rank 1 (host {socket.gethostname()}, pid {alone.pid}) could not reach rank 0 at" in said, said
+    assert f"MASTER_ADDR=127.0.0.1, MASTER_PORT={port} in 2 s" in said, said
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_told_from_other_failures() -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        first = rank(0, 2, port)
+        said, _ = first.communicate(timeout=120)
+    assert first.returncode == TAKEN, said
+    assert f"PortTaken: rank 0 (host {socket.gethostname()}, pid {first.pid}) cannot listen on" in said
+    assert "start again with another MASTER_PORT" in said
+
+
+@on_ranks(2)
+def test_every_rank_gives_a_number() -> None:
+    from megachat.parallel.mesh import place, start
+
+    mesh = start(1)
+    assert mesh.each(mesh.rank + 0.5) == [0.5, 1.5]
+    assert place(mesh.rank).endswith(f"pid {os.getpid()}")
+
+
+def test_the_launcher_sees_a_heartbeat_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    path = tmp_path / "heartbeat.json"
+    pulse = Pulse(path, pid=5)
+    beat = {"step": 3, "section": "forward", "limit": 4.0, "pid": 5, "time": 1}
+    path.write_text(json.dumps(beat))
+    assert pulse.stopped() == ""
+    now = 8.0
+    assert pulse.stopped() == ""
+    now = 9.0
+    assert pulse.stopped() == "rank 0 stands in `forward` of step 3 for 9 s"
+    path.write_text(json.dumps(beat | {"time": 2}))
+    assert pulse.stopped() == ""
+    now = 1000.0  # the launcher itself was frozen
+    assert pulse.stopped() == ""
+    path.write_text(json.dumps(beat | {"pid": 6}))  # of an earlier attempt
+    assert pulse.stopped() == ""
+    now = 1009.0
+    assert pulse.stopped() == ""
+    now = 1018.0
+    assert pulse.stopped() == ""

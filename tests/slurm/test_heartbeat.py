@@ -23,9 +23,9 @@ class Scene:
         self.path, self.clock, self.beats = folder / "heartbeat.json", Clock(), 0
         self.watch = Watch(self.path, Limits(start=100.0, step=20.0), self.clock)
 
-    def beat(self, step: int, section: str = "forward") -> None:
+    def beat(self, step: int, section: str = "forward", **more: object) -> None:
         self.beats += 1
-        self.path.write_text(json.dumps({"step": step, "section": section}))
+        self.path.write_text(json.dumps({"step": step, "section": section, **more}))
         os.utime(self.path, ns=(self.beats, self.beats))  # a node's clock that is decades behind
 
     def at(self, now: float) -> str:
@@ -85,3 +85,23 @@ def test_half_a_file_is_a_sign_of_life(tmp_path: Path) -> None:
         scene.at(10 * step)
     scene.path.write_text('{"step": ')
     assert scene.at(scene.clock.now + 20) == ""
+
+
+def test_what_is_no_part_of_a_step_has_the_time_that_the_rank_says(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for step in range(2):
+        scene.beat(step)
+    scene.at(10)
+    scene.beat(2, "rollout", limit=300, long=True)
+    assert scene.at(360) == ""
+    assert "the last in 'rollout'" in scene.at(400)
+
+
+def test_a_first_step_that_has_begun_is_not_over(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.beat(0, "prepare", settled=False)
+    scene.at(10)
+    scene.beat(1, "forward", settled=False)
+    assert scene.at(90) == ""
+    scene.beat(2, "forward", settled=True)
+    assert "the last in 'forward' at step 2" in scene.at(130)
