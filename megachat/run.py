@@ -124,11 +124,58 @@ class Stage(Config):
 
         That is earlier stages, and files called `path(s)`.
         """
+        return _digest([__version__, *self._parts()])
+
+    def made_of(self) -> dict[str, Any]:
+        """What the fingerprint is of, to be compared with that of another time, without secrets."""
+        settings, inputs, files = self._parts()
+        sums = {name: _digest(outputs) for name, outputs in inputs.items()}
+        return {
+            "megachat": __version__,
+            "settings": redact(settings),
+            "inputs": sums,
+            "files": _digest(files),
+        }
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         apart = {"run", "inputs", "log", *self.neutral}
         settings = {key: value for key, value in self.tree.items() if key not in apart}
         inputs = {name: finished(self.source(name)).get("outputs") for name in self.reads()}
-        text = json.dumps([__version__, settings, inputs, external(settings)], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return settings, inputs, external(settings)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What has changed from one `Stage.made_of` to another: `optimizer.lr: 0.001 -> 0.003`."""
+    old, new = _flat(before["settings"]), _flat(now["settings"])
+    lines = [
+        f"{key}: {old.get(key, 'not there')} -> {new.get(key, 'not there')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "not there") != new.get(key, "not there")
+    ]
+    lines += [
+        f"the output of `{name}` has changed"
+        for name, digest in now["inputs"].items()
+        if before["inputs"].get(name) != digest
+    ]
+    if before["files"] != now["files"]:
+        lines.append("files that the settings name have changed")
+    if before["megachat"] != now["megachat"]:
+        lines.append(f"megachat: {before['megachat']} -> {now['megachat']}")
+    return lines if len(lines) <= 10 else [*lines[:9], f"and {len(lines) - 9} more"]
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Settings by their dotted keys; JSON has no tuples, so lists are compared as they read."""
+    if not isinstance(node, dict) or not node:
+        return {path: str(node) if isinstance(node, list | tuple | dict) else node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat
 
 
 def perform(stage: Stage) -> None:

@@ -94,8 +94,12 @@ class Order:
         self.source, self.seed, self.length, self.shuffle = source, seed, len(source), index_shuffle
 
     def __getitem__(self, number: int) -> Any:
+        return self.source[self.row(number)]
+
+    def row(self, number: int) -> int:
+        """Which of the source's rows a sample is."""
         epoch, place = divmod(number, self.length)
-        return self.source[self.shuffle(place, self.length - 1, (self.seed + epoch) % 2**32, 4)]
+        return int(self.shuffle(place, self.length - 1, (self.seed + epoch) % 2**32, 4))
 
 
 class Mixed:
@@ -108,6 +112,11 @@ class Mixed:
     def __getitem__(self, number: int) -> Any:
         source, place = self.schedule[number]
         return self.orders[source][place]
+
+    def name(self, number: int) -> str:
+        """What a sample is, for a person: its source, and which of its rows."""
+        source, place = self.schedule[number]
+        return f"{self.schedule.names[source]} row {self.orders[source].row(place)}"
 
 
 @runtime_checkable

@@ -191,6 +191,10 @@ class Schedule:
         number, begun = self.tables[phase][source]
         return number, begun + earlier
 
+    def shifts(self, first: int, last: int) -> bool:
+        """Whether one of these samples is the first of a phase but the first phase."""
+        return any(first <= begin <= last for begin in self.first[1:])
+
     def positions(self, sample: int) -> dict[str, int]:
         """Where each source stands before a sample: the number of its next one."""
         phase = self._phase(sample)

@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -32,7 +32,7 @@ from megachat.parallel.mesh import Mesh, start
 from megachat.parallel.preflight import preflight
 from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
-from megachat.run import Stage, begin, finish, record_config
+from megachat.run import Stage, begin, differences, finish, record_config
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.guard import Guard, Skipped, Span, Unequal, compare, culprits
 from megachat.train.metrics import memory_gib, peak_flops
@@ -284,6 +284,7 @@ def fit(task: Task) -> None:
         about = {
             "stage": task.name,
             "fingerprint": task.fingerprint(),
+            "made_of": task.made_of(),
             "tokenizer": tokenizer.sha256,
             "architecture": {role: checkpoint.architecture(model) for role, model in models.items()},
         }
@@ -294,6 +295,9 @@ def fit(task: Task) -> None:
             preflight(mesh, task.folder, _checkpoint_bytes(models))
             watch.at("load")
         flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
+        saved = checkpoint.newest(task.folder / "checkpoints", mesh)
+        if saved is not None:
+            _check(saved, task, run, models)
         run.engines = {
             role: Engine(
                 model.to(mesh.device),
@@ -305,9 +309,9 @@ def fit(task: Task) -> None:
             )
             for role, model in models.items()
         }
-        saved = checkpoint.newest(task.folder / "checkpoints", mesh)
         if saved is not None:
-            _continue_from(saved, task, run)
+            run.progress = restore(saved, run)
+            say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")
         watch.at("prepare")
         run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
         run.skipped = Skipped(task.skip, task.folder / "skipped.jsonl")
@@ -576,16 +580,28 @@ def _short(row: dict[str, float | int | None]) -> str:
     return ", ".join([loss, *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"])
 
 
-def _continue_from(saved: checkpoint.Checkpoint, task: Task, run: Running) -> None:
-    """Puts weights, moments, and position back."""
+def _check(saved: checkpoint.Checkpoint, task: Task, run: Running, models: Mapping[str, nn.Module]) -> None:
+    """Refuses to go on from a checkpoint with what it was not made of, and says what has changed."""
     saved.check_tokenizer(run.tokenizer)
-    if task.resume == "same" and saved.manifest["fingerprint"] != task.fingerprint():
+    before = saved.manifest.get("made_of")
+    changed = differences(before, task.made_of()) if before else ["it does not say what it was made of"]
+    listed = "".join(f"\n  {line}" for line in changed)
+    try:
+        for role, model in models.items():
+            shapes = {f"weight.{name}": parameter.shape for name, parameter in model.named_parameters()}
+            saved.check_shapes(role, shapes)
+    except ValueError as error:
+        remedy = "set the model's settings back, or give another run=... (resume=any cannot help)"
+        raise ValueError(f"{error}; {remedy}; what has changed:{listed}") from None
+    if saved.manifest["fingerprint"] == task.fingerprint():
+        return
+    if task.resume == "same":
         raise ValueError(
-            f"{saved.path} was trained with other settings or data; give another run=..., "
-            f"delete {task.folder} to start over, or go on regardless with resume=any"
+            f"{saved.path} was trained with other settings or data; set them back, give another run=..., "
+            f"delete {task.folder} to start over, or go on regardless with resume=any. "
+            f"What has changed:{listed}"
         )
-    run.progress = restore(saved, run)
-    say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")
+    say(f"{task.name}: goes on, for resume=any, although there have changed:{listed}")
 
 
 def restore(saved: checkpoint.Checkpoint, run: Running) -> Progress:

@@ -158,6 +158,16 @@ class Pretrain(Task):
         for rows in ahead(read, run.progress.samples, self.batch, self.prefetch):
             yield [*micro_batches(rows, most, self.micro_batch, lambda part: _collate(part, run.mesh.device))]
 
+    def shifts(self, run: Running) -> bool:
+        """Where a phase of a curriculum begins."""
+        first = run.progress.samples
+        return bool(run.data.order.schedule.shifts(first, first + self.batch - 1))
+
+    def samples_of(self, run: Running, first: int, last: int) -> str:
+        """The rows of the first few samples."""
+        shown = [run.data.order.name(number) for number in range(first, min(last, first + 7) + 1)]
+        return ", ".join([*shown, "..."] if last - first > 7 else shown)
+
     def loss(self, run: Running, batch: Tokens) -> Losses:
         """Cross-entropy summed over tokens."""
         logits = run.engines["model"](batch.inputs, batch.documents)

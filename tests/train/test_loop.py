@@ -126,8 +126,13 @@ def test_a_run_that_is_refused_keeps_the_record_of_its_settings(tiny: Path, tmp_
     trained(run=run, overrides=[f"inputs={tiny}", "tokens=512"])
     (run / "pretrain" / "done.json").unlink()  # as if it had been stopped
     before = (run / "pretrain" / "config.yaml").read_text()
-    with pytest.raises(pytest.fail.Exception, match="was trained with other settings or data"):
+    with pytest.raises(pytest.fail.Exception, match="was trained with other settings or data") as failure:
         trained(run=run, overrides=[f"inputs={tiny}", "tokens=512", "optimizer.lr=1"])
+    assert "What has changed:\n  optimizer.lr: 0.01 -> 1" in str(failure.value)
+    wide = [f"inputs={tiny}", "tokens=512", "model.hidden=96", "resume=any"]
+    with pytest.raises(pytest.fail.Exception, match=r"weight.blocks.0.mlp.gate.weight in shape") as failure:
+        trained(run=run, overrides=wide)
+    assert "model.hidden: 64 -> 96" in str(failure.value)
     assert (run / "pretrain" / "config.yaml").read_text() == before
 
 
