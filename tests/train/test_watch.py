@@ -214,3 +214,42 @@ def test_a_rank_that_holds_pythons_lock_in_c_is_named_by_the_other(inputs: Path,
         assert re.search(r"HUNG: rank 1 .* does not answer any more: .* holds Python's lock", both.said(0)), (
             both.said(0)
         )
+
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from megachat.parallel.mesh import launch
+sys.exit(launch(sys.argv[2:], 2, Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("frozen", ["one", "all"])
+def test_the_launcher_ends_when_ranks_are_frozen(inputs: Path, run: Path, frozen: str) -> None:
+    beat = run / "pretrain" / "heartbeat.json"
+    limits = ["watch.hang=3", "watch.start=120", "watch.long=60", "tokens=10000000"]
+    overrides = ["pretrain", "model=gpt_3m", *TINY, *limits, f"run={run}", f"inputs={inputs}"]
+    command = [sys.executable, "-c", LAUNCH, str(beat), *overrides]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        deadline = time.monotonic() + 300
+        while not (beat.is_file() and json.loads(beat.read_text())["settled"]):
+            assert time.monotonic() < deadline, "no progress"
+            assert parent.poll() is None, parent.communicate()[1]
+            time.sleep(0.1)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        ranks_there = [int(number) for number in children]
+        first = json.loads(beat.read_text())["pid"]
+        for pid in ranks_there if frozen == "all" else [pid for pid in ranks_there if pid != first]:
+            os.kill(pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        _, said = parent.communicate(timeout=120)
+        record("2 frozen ranks, seen by the launcher", survived=True, seconds=time.monotonic() - begun)
+    finally:
+        parent.kill()
+    assert parent.returncode == HUNG, said
+    words = "rank 0 stands in" if frozen == "all" else "HUNG: rank 1 "
+    assert words in said, said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks_there)
