@@ -117,9 +117,8 @@ class Recorder:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.stage.folder / name
-            rows = [json.loads(line) for line in _complete_lines(path)]
             with replacing(path) as temporary:
-                kept = "".join(_line(row) for row in rows if row["step"] <= step)
+                kept = "".join(_line(row) for row in _rows(path) if row["step"] <= step)
                 temporary.write_text(kept, encoding="utf-8")
 
     def _start_wandb(self) -> None:
@@ -243,10 +242,22 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """A killed process may leave half a line at the end."""
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file that is only ever appended to.
+
+    A killed process may leave half a line at its end, and a machine that lost its power zeros within it.
+    """
     if not path.is_file():
-        return []
+        return
     # Not splitlines: a model may have written U+2028, at which that splits, too.
-    *complete, _ = path.read_text(encoding="utf-8").split("\n")
-    return complete
+    *complete, _ = path.read_bytes().split(b"\n")
+    for line in complete:
+        try:
+            row = json.loads(line)
+            whole = isinstance(row["step"], int)
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if whole:
+            yield row
+        else:
+            say(f"{path}: a line is damaged, and dropped: {line[:60]!r}")

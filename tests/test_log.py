@@ -27,6 +27,13 @@ def test_a_run_that_goes_on_drops_later_rows_and_half_a_line(stage: Stage, run: 
     assert rows(run) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 0.5}]
 
 
+def test_what_a_lost_power_supply_has_left_in_the_log_does_not_stop_a_run(stage: Stage, run: Path) -> None:
+    path = run / "pretrain" / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n' + bytes(20) + b'\n[1]\n\xff\n{"step": 2, "loss": 2.0}\n')
+    Recorder(stage, step=2)
+    assert rows(run) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
 def test_a_sample_may_hold_what_looks_like_the_end_of_a_line(stage: Stage, run: Path) -> None:
     odd = "a\u2028b\u0085c\nd"
     with Recorder(stage) as recorder:
