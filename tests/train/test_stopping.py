@@ -72,4 +72,9 @@ def test_no_step_and_no_validation_is_lost_whenever_a_signal_comes(tiny: Path, t
         perform(pretrain(run, *EVERY, f"inputs={tiny}"))
         assert (run / "pretrain" / "done.json").exists()
         assert told(run) == expected, at
-    assert measured == [5, 10, 12] * 4
+    run = tmp_path / "at-4"
+    (run / "pretrain" / "done.json").unlink()  # as if it had been killed between its last checkpoint and this
+    perform(pretrain(run, *EVERY, f"inputs={tiny}"))
+    assert (run / "pretrain" / "done.json").exists()
+    assert told(run) == expected
+    assert measured == [5, 10, 12] * 4  # each validation once
