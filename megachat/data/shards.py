@@ -293,3 +293,23 @@ def read_split(folder: Path, split: str, tokenizer: str | None = None) -> dict[s
             found[entry["source"]] = shard = Shard(folder / prefix)
             shard.sums = list(entry["sha256"].values())
     return found
+
+
+def damaged(folder: Path, share: int = 0, shares: int = 1) -> str:
+    """Reads the files that `encode` wrote to `folder` (this share of them) and says which is not as written.
+
+    "" where none is. A file is not divided: the largest one sets how long this takes.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    written = {
+        folder / f"{prefix}.{kind}": sum_
+        for prefix, entry in manifest["shards"].items()
+        for kind, sum_ in entry["sha256"].items()
+    }
+    for path in sorted(written, key=lambda path: (-path.stat().st_size, path))[share::shares]:
+        if sha256(path) != written[path]:
+            return (
+                f"{path} is damaged: its sha256 is not what the manifest says; "
+                "copy the file again, or run the stage again that wrote it"
+            )
+    return ""

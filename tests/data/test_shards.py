@@ -1,5 +1,6 @@
 """Token shards: the bytes are Megatron's, derived here by hand; a damaged shard is refused."""
 
+import json
 import struct
 import tracemalloc
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from megachat.data import shards
 from megachat.data.shards import Shard, ShardWriter
+from megachat.files import sha256
 
 
 def write(prefix: Path, documents: list[list[int]], vocab: int = 300) -> None:
@@ -201,3 +203,17 @@ def test_missing_and_damaged_files_are_refused_with_a_remedy(tmp_path: Path) -> 
         index.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
             Shard(tmp_path / "x")
+
+
+def test_a_file_that_is_not_as_it_was_written_is_named_by_the_rank_whose_share_it_is(tmp_path: Path) -> None:
+    entries = {}
+    for prefix, documents in (("train/a", [[1, 2, 3, 4]]), ("train/b", [[5]])):
+        write(tmp_path / prefix, documents)
+        sums = {kind: sha256(tmp_path / f"{prefix}.{kind}") for kind in ("bin", "idx")}
+        entries[prefix] = {"split": "train", "source": prefix[-1], "sha256": sums}
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": entries}))
+    assert shards.damaged(tmp_path) == ""
+    (tmp_path / "train" / "b.bin").write_bytes(b"\x04\x00")
+    found = [shards.damaged(tmp_path, share, 3) for share in range(3)]
+    assert len([text for text in found if text]) == 1, found
+    assert f"{tmp_path / 'train' / 'b.bin'} is damaged" in "".join(found)

@@ -125,3 +125,25 @@ def test_a_run_whose_checkpoints_are_all_damaged_refuses_to_start_over(killed: J
     assert refused, attempt.said
     assert "damaged" in attempt.printed()
     assert "Traceback" not in attempt.printed()
+
+
+def test_a_flipped_token_is_not_trained_on(
+    killed: Job, start: Start, shards: Path, straight: Straight
+) -> None:
+    job = again(killed, start)
+    job.inputs = job.folder / "inputs"
+    shutil.copytree(shards, job.inputs)
+    (path,) = (job.inputs / "encode" / "train").glob("*.bin")
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    refused = job.attempt()
+    said = f"{path} is damaged" in refused.printed() and refused.codes[0] == 1
+    assert said, refused.said
+    assert not job.story.of("step")
+    data[1000] ^= 1
+    path.write_bytes(data)
+    (attempt,) = job.go().attempts[1:]
+    same = attempt.codes == [0, 0] and weights(job.run) == weights(straight(*SETTINGS).run)
+    record("11 token shard damaged: refused", survived=same, lost=0)
+    assert same, attempt.said
