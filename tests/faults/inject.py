@@ -43,8 +43,8 @@ class Fault:
     """None: every rank."""
     value: float = 0.0
     """Seconds, bytes, a signal's number, a factor: as the deed has it."""
-    often: bool = False
-    """Every time from then on."""
+    until: int = 0
+    """Every time that the point is reached, from `step` up to this step; 0: once."""
 
 
 def kill(_: Fault) -> None:
@@ -142,23 +142,23 @@ class Injector:
             line = {"time": self.clock(), "attempt": self.attempt, "rank": self.rank, "event": event, **facts}
             os.write(self.journal, f"{json.dumps(line)}\n".encode())
 
-    def due(self, point: str, step: int) -> Fault | None:
-        """The fault that is to happen here and now."""
-        for fault in self.faults:
-            if fault.at == point and (fault.step in (0, step) or (fault.often and step > fault.step)):
-                return fault
-        return None
+    def due(self, point: str, step: int) -> list[Fault]:
+        """The faults that are to happen here and now."""
+        return [
+            fault
+            for fault in self.faults
+            if fault.at == point and (fault.step in (0, step) or fault.step < step <= fault.until)
+        ]
 
     def reach(self, point: str, step: int | None = None) -> Fault | None:
-        """The program is at this point: does what is due."""
-        step = self.step if step is None else step
-        fault = self.due(point, step)
-        if fault is not None:
-            if not fault.often:
-                self.faults.remove(fault)
-            self.note("fault", at=point, do=fault.do, step=step)
-            DEEDS[fault.do](fault)
-        return fault
+        """The program is at this point: does what is due, and returns the last of it."""
+        step, last = self.step if step is None else step, None
+        for last in self.due(point, step):
+            if not last.until:
+                self.faults.remove(last)
+                self.note("fault", at=point, do=last.do, step=step)
+            DEEDS[last.do](last)
+        return last
 
     def arm(self) -> None:
         """Patches what a training stage calls."""
@@ -214,9 +214,8 @@ class Injector:
         hooks = []
         if self.due("backward", self.step):
             hooks.append(middle.register_hook(lambda _: self.reach("backward") and None))
-        if fault := self.due("gradient", self.step):
+        if fault := self.reach("gradient"):
             hooks.append(middle.register_hook(lambda gradient: gradient * fault.value))
-            self.reach("gradient")
         original(engine, loss, last)
         for hook in hooks:
             hook.remove()

@@ -53,8 +53,8 @@ class Attempt:
         journal = self.folder.parent / "journal" / "rank0.jsonl"
         while time.monotonic() < deadline and self.processes[0].is_alive():
             lines = journal.read_text().splitlines() if journal.exists() else []
-            steps = [note["step"] for note in map(json.loads, lines) if note["event"] == "step"]
-            if steps and steps[-1] >= step:
+            notes = [note for note in map(json.loads, lines) if note["attempt"] == self.number]
+            if any(note["event"] == "step" and note["step"] >= step for note in notes):
                 return True
             time.sleep(0.01)
         return False
@@ -163,6 +163,7 @@ class Job:
         """Starts the ranks and waits for their end, as `srun --kill-on-bad-exit` does."""
         number = len(self.story.attempts) + 1
         attempt = Attempt(number, self.folder / f"attempt{number}")
+        self.story.attempts.append(attempt)
         attempt.folder.mkdir(parents=True)
         (self.folder / "journal").mkdir(exist_ok=True)
         plan = {
@@ -189,7 +190,6 @@ class Job:
             watch(attempt)
         attempt.codes = self._wait(attempt)
         attempt.ended = time.time()
-        self.story.attempts.append(attempt)
         return attempt
 
     def _wait(self, attempt: Attempt) -> list[int | None]:
