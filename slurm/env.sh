@@ -14,12 +14,11 @@ export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/$UID/torch_extensions
 # export NCCL_IB_HCA=mlx5               # which cards carry the data; wrong: training at a tenth of the speed
 # export NCCL_DEBUG=INFO                # says which of them NCCL took; read it once on every new cluster
 
-# When a job is taken to hang, and how often it is started again; seconds of no sign of life from the ranks, until the
-# first step is taken (loading, compiling, the slowest node) and from then on, in which a save or a validation must fit.
-export MEGACHAT_START_SECONDS=${MEGACHAT_START_SECONDS:-3600}
-export MEGACHAT_HANG_SECONDS=${MEGACHAT_HANG_SECONDS:-900}
-export MEGACHAT_STOP_SECONDS=${MEGACHAT_STOP_SECONDS:-240}   # to take the last step and save; less than --signal gives
-export MEGACHAT_RESTARTS=${MEGACHAT_RESTARTS:-3}             # restarts in a row that fail without a newer checkpoint
+# When a job is taken to hang, and how often it starts again. Ranks that stand still end by themselves (`watch` in the
+# settings), a minute later the job ends them; MEGACHAT_HANG_SECONDS puts a time of its own in the place of that.
+export MEGACHAT_START_SECONDS=${MEGACHAT_START_SECONDS:-3600}  # until the ranks give their first sign of life
+export MEGACHAT_STOP_SECONDS=${MEGACHAT_STOP_SECONDS:-240}     # to take the last step and save; less than --signal says
+export MEGACHAT_RESTARTS=${MEGACHAT_RESTARTS:-3}               # in a row that fail and leave no newer checkpoint
 
 # Compute nodes seldom reach the internet: record offline, then `wandb sync` from the login node.
 export WANDB_MODE=${WANDB_MODE:-offline}

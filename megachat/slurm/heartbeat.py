@@ -1,11 +1,11 @@
 """For how long the ranks have stood still, judged from outside: a process cannot always say that it hangs.
 
-Rank 0 rewrites `heartbeat.json` in the stage's folder as long as its main thread gets on. Only whether the
-file changes counts, by this process's own clock: the clocks of nodes may be wrong.
+Rank 0 rewrites `heartbeat.json` in the stage's folder as long as its training thread gets on, and says there
+how long it may stand where it is. Only whether the file changes counts, by this process's own clock: the
+clocks of nodes may be wrong.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from pathlib import Path
 
 PAUSE = 30.0
 """Seconds without a look after which the watch starts anew: the whole job was suspended, not a rank alone."""
+MARGIN = 60.0
+"""Seconds more than the ranks allow themselves: their own watch comes first, for it knows which rank it is."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,9 @@ class Limits:
     """How many seconds without a change are too many."""
 
     start: float
-    """Until the first step has been taken: loading, compiling, and waiting for the slowest node."""
-    step: float
-    """From then on."""
+    """Until the first sign of life: loading, and waiting for the slowest node."""
+    hang: float | None
+    """In a step, once the first is over; None goes by what the ranks allow themselves, as all else does."""
 
 
 class Watch:
@@ -32,11 +34,7 @@ class Watch:
         self.path, self.limits, self.clock = path, limits, clock
         self.mark = self._mark()
         """Which file was there; at first, perhaps one of an earlier attempt."""
-        self.first_step: object = None
-        self.stepped = False
-        self.long = 0.0
-        """How long it may take over what it is doing, where that is no part of a step: saving, a rollout."""
-        self.last = ""
+        self.limit, self.last = limits.start, "there was none"
         self.since = self.looked = clock()
 
     def hung(self) -> str:
@@ -49,10 +47,9 @@ class Watch:
         if mark != self.mark:
             self.mark, self.since = mark, now
             self._read()
-        limit = max(self.limits.step, self.long) if self.stepped else self.limits.start
-        if now - self.since <= limit:
+        if now - self.since <= self.limit:
             return ""
-        return f"no sign of life for {limit:g} s, {self.last or 'before the first one'}"
+        return f"no sign of life for {self.limit:g} s: {self.last}"
 
     def _mark(self) -> tuple[int, int] | None:
         try:
@@ -64,12 +61,10 @@ class Watch:
     def _read(self) -> None:
         try:
             beat = json.loads(self.path.read_text(encoding="utf-8"))
-            step, section = beat["step"], beat.get("section")
-            # The ranks' own watch comes first: it says which of them it is. Its limit may be none at all.
-            self.long = float(beat.get("limit") or math.inf) + 60 if beat.get("long") else 0.0
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            step, section, allowed = beat["step"], beat["section"], beat.get("limit")
+            long = beat.get("long") or not beat.get("settled", True)
+        except (OSError, ValueError, KeyError, TypeError):
             return  # it is being replaced, or the folder has been moved away
-        if self.first_step is None:
-            self.first_step = step
-        self.stepped = self.stepped or bool(beat.get("settled", step != self.first_step))
-        self.last = f"the last in {section!r} at step {step}" if section else f"the last at step {step}"
+        self.last = f"the last was in {section!r} at step {step}"
+        own = float("inf") if allowed is None else allowed + MARGIN
+        self.limit = own if self.limits.hang is None or long else self.limits.hang

@@ -205,8 +205,8 @@ def requeue(job: Job, stage: str, what: Requeue, unfit: Sequence[str], step: int
 
 def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_request: Callable[[], None]) -> str:
     """Until the ranks have ended. Where they stood still, if they had to be killed for that."""
-    setting = {name: float(os.environ.get(f"MEGACHAT_{name}_SECONDS", default)) for name, default in SECONDS}
-    watch = Watch(folder / "heartbeat.json", Limits(setting["START"], setting["HANG"]))
+    patience = seconds("STOP") or 240.0
+    watch = Watch(folder / "heartbeat.json", Limits(seconds("START") or 3600.0, seconds("HANG")))
     told = False
     until = float("inf")
     while True:
@@ -216,7 +216,7 @@ def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_reques
         except subprocess.TimeoutExpired:
             pass
         if asked and until == float("inf"):
-            until = time.monotonic() + setting["STOP"]
+            until = time.monotonic() + patience
             say(job, f"{asked[0]}: the ranks save and stop")
             on_request()
         if asked and not told:
@@ -230,7 +230,10 @@ def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_reques
             return hung
 
 
-SECONDS = (("START", "3600"), ("HANG", "900"), ("STOP", "240"))
+def seconds(name: str) -> float | None:
+    """A setting of `slurm/env.sh`."""
+    text = os.environ.get(f"MEGACHAT_{name}_SECONDS")
+    return float(text) if text else None
 
 
 def stopping(history: History, asked: Sequence[str]) -> History:
