@@ -23,6 +23,7 @@ unset RANK WORLD_SIZE LOCAL_RANK        # sbatch hands on the shell it is typed 
 cd "$SLURM_SUBMIT_DIR"                  # sbatch runs a copy of this file: $0 points into Slurm's spool
 source slurm/env.sh
 export OMP_NUM_THREADS=1                # tasks are many; each is one thread
+[[ ${STAGE:-} != evaluate ]] || export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
     share=$SLURM_ARRAY_TASK_ID shares=${SHARES:-}

@@ -1,31 +1,45 @@
-"""`slurm/pretrain.sh` and `slurm/data.sh` on a real Slurm: two nodes in a box, a CPU or two on each."""
+"""The scripts in `slurm/` on a real Slurm: three nodes in a box, of which most jobs use two, a CPU on each.
+
+Its nodes, daemons and ranks are broken in every way that one machine allows; what became of the job is
+recorded for the table of faults.
+"""
 
 import os
 import re
+import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 from megachat.config import compose
+from megachat.parallel.checkpoint import load_model
 from megachat.run import Stage, perform
-from tests.slurm_box import Slurm, cluster, missing
+from tests.fault_table import record
+from tests.slurm_box import Slurm, cluster, idle, missing
 from tests.spawn import on_ranks
 from tests.tiny_run import TINY, make, pretrain, rows
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[1]
+LIMIT = 300.0
+"""Seconds that no job here takes, on a machine that does other things, too."""
+STEPS = 12
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
     if why := missing():
         pytest.skip(why)
-    with cluster() as started:
+    with cluster(3) as started:
         yield started
 
 
@@ -34,24 +48,155 @@ def trained(run: Path) -> None:
     perform(pretrain(run))
 
 
-TRAINING = ["-N", "2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10"]
-"""Two nodes without GPUs."""
+TRAINING = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10"]
+"""Nodes without GPUs."""
+TWO = [*TRAINING, "-N", "2"]
 
 
-def submit(slurm: Slurm, log: Path, script: str, options: list[str], *overrides: str) -> str:
+def submit(slurm: Slurm, log: Path, script: str, options: list[str], *overrides: str, **settings: str) -> str:
     """The number of a job of a script in `slurm/`, with the Python that runs this test."""
     files = [f"--chdir={ROOT}", f"--output={log}"]
-    environment = os.environ | {
+    command = ["sbatch", "--parsable", *options, *files, str(ROOT / "slurm" / script), *overrides]
+    return slurm.call(*command, environment=at_home() | settings).strip()
+
+
+def at_home() -> dict[str, str]:
+    """The shell in which jobs are submitted."""
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "VIRTUAL_ENV": sys.prefix,
         "CUDA_VISIBLE_DEVICES": "",
         "RANK": "0",  # typed inside another job
         "WORLD_SIZE": "1",
     }
-    path = str(ROOT / "slurm" / script)
-    return slurm.call(
-        "sbatch", "--parsable", *options, *files, path, *overrides, environment=environment
-    ).strip()
+
+
+class Step(NamedTuple):
+    """One that a rank has taken."""
+
+    time: float
+    restart: int
+    rank: int
+    number: int
+
+
+@dataclass
+class Trial:
+    """A pretraining job of slow steps, to be broken."""
+
+    slurm: Slurm
+    run: Path
+    inputs: Path
+    job: str = ""
+
+    def start(self, *options: str, overrides: tuple[str, ...] = (), **settings: str) -> "Trial":
+        """Submits it."""
+        layout = ["parallel=zero2", "parallel.precision=fp32", "checkpoint_interval=2"]
+        paced = {
+            "PYTHONPATH": str(ROOT / "tests" / "slurm_pace"),
+            "PACE": "0.3",
+            "PACE_LOG": f"{self.run}.steps",
+        }
+        self.run.parent.mkdir(parents=True, exist_ok=True)
+        self.job = submit(
+            self.slurm, self.log, "pretrain.sh", [*TRAINING, *(options or ("-N", "2"))],
+            f"run={self.run}", f"inputs={self.inputs}", "model=gpt_3m", *TINY, *layout, *overrides,
+            **(paced | settings),
+        )  # fmt: skip
+        return self
+
+    @property
+    def log(self) -> Path:
+        return self.run.with_suffix(".log")
+
+    def said(self) -> str:
+        """The job's log."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def steps(self, restart: int) -> list[Step]:
+        """What one attempt has taken, by all ranks."""
+        try:
+            lines = Path(f"{self.run}.steps").read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        found = [line.split() for line in lines]
+        steps = [Step(float(when), *map(int, more)) for when, *more in found]
+        return [step for step in steps if step.restart == restart]
+
+    def until(self, number: int, restart: int = 0) -> float:
+        """Waits until a step has been taken; the time now."""
+        deadline = time.monotonic() + LIMIT
+        while not any(step.number >= number for step in self.steps(restart)):
+            state = self.slurm.about(self.job)["JobState"]
+            if time.monotonic() > deadline or state in ("FAILED", "COMPLETED", "CANCELLED"):
+                raise TimeoutError(f"job {self.job} is {state} before step {number}\n{self.said()}")
+            time.sleep(0.05)
+        return time.time()
+
+    def ended(self) -> str:
+        """The state in which it ends."""
+        return self.slurm.wait(self.job, LIMIT)
+
+    def survived(self, fault: str, since: float, restart: int = 1) -> int:
+        """It has finished after being restarted. Records the fault; how many steps had to be taken again."""
+        state = self.ended()
+        before = max((step.number for step in self.steps(restart - 1)), default=0)
+        again = min((step.number for step in self.steps(restart)), default=0)
+        news = [step.time for step in self.steps(restart) if step.number > before]
+        lost = before - again + 1
+        seconds = min(news) - since if news else None
+        record(fault, survived=state == "COMPLETED", lost=lost, seconds=seconds)
+        assert state == "COMPLETED", self.said()
+        assert int(self.slurm.about(self.job)["Restarts"]) == restart, self.said()
+        assert self.losses().keys() == set(range(1, STEPS + 1))
+        return lost
+
+    def losses(self) -> dict[int, float]:
+        """By step."""
+        return {int(row["step"]): row["loss"] for row in rows(self.run)}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What has been learnt."""
+        return load_model(self.run / "pretrain").model.state_dict()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("inputs") / "runs" / "test")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(slurm: Slurm, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """Two nodes that nobody breaks. Another job has the port on which its ranks would meet."""
+    trial = Trial(slurm, tmp_path_factory.mktemp("undisturbed") / "run", inputs)
+    with ExitStack() as taken:
+        with suppress(OSError):  # somebody else has it: as good
+            taken.enter_context(socket.create_server(("127.0.0.9", port_of_next_job(slurm))))
+        trial.start(PACE="0")
+        assert trial.ended() == "COMPLETED", trial.said()
+    return trial
+
+
+@pytest.fixture
+def trial(slurm: Slurm, inputs: Path, tmp_path: Path) -> Iterator[Trial]:
+    trial = Trial(slurm, tmp_path / "run", inputs)
+    yield trial
+    if trial.job:
+        with suppress(Exception):
+            slurm.call("scancel", "--quiet", trial.job)
+
+
+@pytest.fixture
+def mended(slurm: Slurm) -> Iterator[None]:
+    """After a test that breaks nodes, all are there again."""
+    yield
+    for node in (1, 2, 3):
+        if slurm.call("sinfo", "-h", "-n", f"127.0.0.{node}", "-o", "%t").strip() not in ("idle", "mix"):
+            slurm.box("restart-node", str(node))
+    deadline = time.monotonic() + 60
+    while idle(slurm) < 3:
+        assert time.monotonic() < deadline, slurm.call("sinfo", "-N", "-l")
+        time.sleep(0.2)
 
 
 def port_of_next_job(slurm: Slurm) -> int:
@@ -61,24 +206,186 @@ def port_of_next_job(slurm: Slurm) -> int:
     return 20000 + int(number[1]) % 12000
 
 
+def same_weights(one: Trial, two: Trial) -> bool:
+    """To the last bit."""
+    first, second = one.weights(), two.weights()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def same_losses(one: Trial, two: Trial) -> bool:
+    """As near as two layouts come."""
+    return one.losses() == pytest.approx(two.losses(), rel=1e-4)
+
+
 def test_sbatch_on_two_nodes_gives_the_losses_of_one_process_though_another_job_has_its_port(
-    slurm: Slurm, run: Path, tmp_path: Path
+    undisturbed: Trial, inputs: Path
 ) -> None:
-    make(run)
-    trained(run=run)
-    log, two = tmp_path / "job.log", tmp_path / "runs" / "two"
-    layout = ["parallel=zero2", "parallel.precision=fp32"]
-    with ExitStack() as taken:
-        with suppress(OSError):  # somebody else has it: as good
-            taken.enter_context(socket.create_server(("127.0.0.3", port_of_next_job(slurm))))
-        overrides = [f"run={two}", f"inputs={run}", "model=gpt_3m", *TINY, *layout]
-        job = submit(slurm, log, "pretrain.sh", TRAINING, *overrides)
-        state = slurm.wait(job, timeout=600)
-    assert state == "COMPLETED", log.read_text()
-    assert len(list(two.glob("pretrain/checkpoints/*/tensors-*.safetensors"))) == 2  # each rank wrote its own
-    losses = [row["loss"] for row in rows(two)]
-    assert len(losses) == 12
-    assert losses == pytest.approx([row["loss"] for row in rows(run)], rel=1e-4)
+    trained(run=inputs)
+    assert len(undisturbed.losses()) == STEPS
+    one = {int(row["step"]): row["loss"] for row in rows(inputs)}
+    assert undisturbed.losses() == pytest.approx(one, rel=1e-4)
+    record("20 the port is taken", survived=True, lost=0)
+
+
+def test_a_warning_before_the_time_limit_costs_no_step(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start().until(4)
+    trial.slurm.call("scancel", "--signal=USR1", "--batch", trial.job)  # what --signal=B:USR1@300 does
+    assert trial.survived("9 asked to stop: time limit near", since) == 0
+    assert same_weights(trial, undisturbed)
+
+
+def test_scontrol_requeue_costs_no_step(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start().until(4)
+    trial.slurm.call("scontrol", "requeue", trial.job)
+    assert trial.survived("9 scontrol requeue", since) == 0
+    assert same_weights(trial, undisturbed)
+
+
+def test_a_killed_rank_ends_the_others_and_the_job_starts_again(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start().until(5)
+    os.kill(trial.slurm.ranks(trial.job)[1], signal.SIGKILL)
+    assert trial.survived("1 a rank killed, under Slurm", since) <= 2
+    assert "is requeued, with a checkpoint of step" in trial.said()
+    assert "rank 1 on 127.0.0.2: killed" in trial.said()
+    assert same_weights(trial, undisturbed)
+
+
+def test_ranks_that_are_all_frozen_are_noticed_from_outside(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start(MEGACHAT_HANG_SECONDS="8").until(5)
+    for process in trial.slurm.ranks(trial.job).values():
+        os.kill(process, signal.SIGSTOP)
+    assert trial.survived("2 all ranks frozen, under Slurm", since) <= 2
+    assert "no sign of life for 8 s" in trial.said()
+    assert same_weights(trial, undisturbed)
+
+
+def test_a_job_that_fails_again_and_again_is_given_up_and_says_why(trial: Trial) -> None:
+    trial.start(FAULT="rank == 1 and os.abort()")
+    state = trial.ended()
+    record("19 a crash loop", survived=state == "FAILED")
+    assert state == "FAILED"
+    assert trial.slurm.about(trial.job)["Restarts"] == "3"
+    assert re.search(
+        r"ends here, without a checkpoint: rank 1 on 127.0.0.2: aborted.*; "
+        "3 restarts in a row have brought no newer checkpoint",
+        trial.said(),
+    )
+
+
+def test_mistakes_end_at_once(slurm: Slurm, inputs: Path, tmp_path: Path) -> None:
+    typo = Trial(slurm, tmp_path / "typo", inputs).start(overrides=("btch=8",))
+    absent = Trial(slurm, tmp_path / "absent", tmp_path / "nowhere").start()
+    for trial, said in ((typo, "btch"), (absent, "reads the output of `tokenizer`")):
+        assert trial.ended() == "FAILED"
+        assert trial.slurm.about(trial.job)["Restarts"] == "0"
+        assert "ends here, without a checkpoint" in trial.said()
+        assert said in trial.said()
+
+
+def test_a_cancelled_job_stays_cancelled(trial: Trial) -> None:
+    trial.start().until(2)
+    trial.slurm.call("scancel", trial.job)
+    assert trial.ended() == "CANCELLED"
+    time.sleep(2)
+    assert trial.slurm.about(trial.job)["JobState"] == "CANCELLED"
+
+
+def test_without_its_controller_a_job_goes_on(undisturbed: Trial, trial: Trial) -> None:
+    trial.start().until(2)
+    trial.slurm.box("kill-controller")
+    time.sleep(2)
+    trial.slurm.box("start-controller")
+    state = trial.ended()
+    record("8 the controller killed", survived=state == "COMPLETED", lost=0, seconds=0)
+    assert state == "COMPLETED", trial.said()
+    assert trial.slurm.about(trial.job)["Restarts"] == "0"
+    assert same_weights(trial, undisturbed)
+
+
+@pytest.mark.usefixtures("mended")
+def test_a_dead_node_leaves_a_job_on_the_other_with_the_same_losses(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start("-N", "1-2", "--exclude=127.0.0.3").until(5)
+    trial.slurm.box("kill-node", "2")
+    assert trial.survived("5 a node dies, one is left", since) <= 2
+    assert {step.rank for step in trial.steps(0)} == {0, 1}
+    assert {step.rank for step in trial.steps(1)} == {0}
+    assert same_losses(trial, undisturbed)
+
+
+@pytest.mark.usefixtures("mended")
+def test_when_the_node_of_the_batch_script_dies_another_takes_its_place(
+    undisturbed: Trial, trial: Trial
+) -> None:
+    since = trial.start().until(5)
+    trial.slurm.box("kill-node", "1")
+    assert trial.survived("5 the first node dies, a spare is there", since) <= 2
+    assert same_weights(trial, undisturbed)
+
+
+@pytest.mark.usefixtures("mended")
+def test_a_rank_that_outlives_its_node_daemon_writes_nothing_any_more(
+    undisturbed: Trial, trial: Trial
+) -> None:
+    since = trial.start().until(5)
+    trial.slurm.box("kill-slurmd", "1")  # rank 0 lives on, and so does the supervisor
+    assert trial.survived("7 slurmd dies, its rank lives on", since) <= STEPS
+    assert same_weights(trial, undisturbed)
+
+
+@pytest.mark.usefixtures("mended")
+def test_a_node_that_freezes_and_thaws_does_no_harm(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start().until(5)
+    trial.slurm.box("hang-node", "2")
+    trial.until(6, restart=1)
+    trial.slurm.box("thaw-node", "2")
+    assert trial.survived("6 a node freezes, and thaws", since) <= 2
+    assert same_weights(trial, undisturbed)
+
+
+@pytest.mark.usefixtures("mended")
+def test_an_unfit_node_is_left_out(undisturbed: Trial, trial: Trial) -> None:
+    trial.start(FAULT="node == '127.0.0.2' and os._exit(70)")
+    assert trial.survived("5 a node is unfit", time.time()) <= 1
+    assert "unfit for training: 127.0.0.2" in trial.said()
+    assert "leaves out 127.0.0.2 from now on" in trial.said()
+    assert same_weights(trial, undisturbed)
+
+
+def chain(slurm: Slurm, folder: Path, stages: str, *overrides: str) -> dict[str, str]:
+    """The jobs that `slurm/chain.sh` submits: {stage: number}."""
+    small = f"--output={folder}/%x.log --cpus-per-task=1 --time=10"
+    found = {
+        "CPU": f"{small} --mem-per-cpu=0",
+        "ONE_GPU": f"{small} --mem-per-cpu=0",
+        "TRAIN": f"{small} --gpus-per-node=0 --ntasks-per-node=1 --nodes=2",
+        "STAGES": stages,
+    }
+    common = ["log.wandb=disabled", *overrides]
+    said = slurm.call(str(ROOT / "slurm" / "chain.sh"), *common, environment=at_home() | found)
+    return dict(line.split() for line in said.splitlines())
+
+
+def test_a_chain_of_jobs_goes_from_text_to_a_model(slurm: Slurm, inputs: Path, tmp_path: Path) -> None:
+    paths = f"clean.corpus.json_lines.paths=[{inputs.parent / 'numbers.jsonl'}]"
+    settings = ["clean.corpus=[json_lines]", paths, "clean.filters=none", "clean.dedup=exact"]
+    settings += ["clean.executor.processes=1", "tokenizer.vocab=300", "tokenizer.threads=1"]
+    settings += ["encode.validation=0.1", "encode.executor.processes=1", "pretrain.model=gpt_3m"]
+    tiny = [f"pretrain.{text}" for text in TINY]
+    stages = "clean tokenizer encode pretrain"
+    jobs = chain(slurm, tmp_path, stages, f"run={tmp_path / 'run'}", *settings, *tiny)
+    assert [*jobs] == stages.split()
+    logs = "".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+    assert slurm.wait(jobs["pretrain"], LIMIT) == "COMPLETED", logs
+    assert len(rows(tmp_path / "run")) == STEPS
+
+
+def test_what_waits_for_a_job_that_fails_is_cancelled(slurm: Slurm, tmp_path: Path) -> None:
+    settings = ["clean.corpus=[json_lines]", "clean.corpus.json_lines.paths=[/nowhere/*.jsonl]"]
+    jobs = chain(slurm, tmp_path, "", f"run={tmp_path / 'run'}", *settings)
+    assert [*jobs] == "clean tokenizer encode pretrain sft rm ppo dpo evaluate report".split()
+    ends = {stage: slurm.wait(number, LIMIT) for stage, number in jobs.items()}
+    assert ends.pop("clean") == "FAILED"
+    assert {*ends.values()} == {"CANCELLED"}
 
 
 def test_arrays_of_jobs_clean_to_the_bytes_of_one_process(slurm: Slurm, run: Path, tmp_path: Path) -> None:

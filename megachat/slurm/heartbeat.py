@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAUSE = 30.0
-"""Seconds without a look after which the watch starts anew: the whole job was suspended, not a rank alone."""
+"""After so many seconds without a look the watch starts anew: the whole job was suspended, not one rank."""
 MARGIN = 60.0
-"""Seconds more than the ranks allow themselves: their own watch comes first, for it knows which rank it is."""
+"""Seconds more than the ranks allow themselves: their own watch knows which rank it is, and comes first."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Watch:
 
     def __init__(self, path: Path, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.limits, self.clock = path, limits, clock
-        self.mark = self._mark()
+        self.mark = identity(self.path)
         """Which file was there; at first, perhaps one of an earlier attempt."""
         self.limit, self.last = limits.start, "there was none"
         self.since = self.looked = clock()
@@ -43,20 +43,13 @@ class Watch:
         if now - self.looked > PAUSE:
             self.since = now
         self.looked = now
-        mark = self._mark()
+        mark = identity(self.path)
         if mark != self.mark:
             self.mark, self.since = mark, now
             self._read()
         if now - self.since <= self.limit:
             return ""
         return f"no sign of life for {self.limit:g} s: {self.last}"
-
-    def _mark(self) -> tuple[int, int] | None:
-        try:
-            facts = self.path.stat()
-        except OSError:
-            return None
-        return facts.st_mtime_ns, facts.st_ino
 
     def _read(self) -> None:
         try:
@@ -68,3 +61,12 @@ class Watch:
         self.last = f"the last was in {section!r} at step {step}"
         own = float("inf") if allowed is None else allowed + MARGIN
         self.limit = own if self.limits.hang is None or long else self.limits.hang
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None without one."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_ino

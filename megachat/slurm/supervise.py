@@ -16,11 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megachat.slurm import meet
 from megachat.slurm.ending import MISTAKE, UNFIT, Done, Facts, GiveUp, Requeue, ending
-from megachat.slurm.heartbeat import Limits, Watch
+from megachat.slurm.heartbeat import Limits, Watch, identity
 from megachat.slurm.history import History, newest_step
 
 LAST_LINES = 40
@@ -37,7 +37,7 @@ class Job:
 
     def expand(self, names: str) -> list[str]:
         """Slurm's short form of several nodes in full. Example: node[1-2] -> [node1, node2]"""
-        return command("scontrol", "show", "hostnames", names)[1].split() or [names]
+        return patiently("scontrol", "show", "hostnames", names)[1].split() or [names]
 
     def about(self) -> dict[str, str]:
         """What Slurm knows of it, as `scontrol show job` has it."""
@@ -56,9 +56,7 @@ class Job:
     def requeue(self) -> str:
         """Back into the queue; why Slurm refuses, if it does."""
         status, text = patiently("scontrol", "requeue", self.number)
-        if status == -signal.SIGTERM and not self.running():
-            return ""  # Slurm ends all processes of the job, this scontrol among them
-        return text.strip() if status else ""
+        return text.strip() if status and self.running() else ""
 
     def avoid(self, nodes: Sequence[str]) -> str:
         """Has Slurm start it on other nodes, if enough are left, and says so. Only for a job that waits."""
@@ -66,25 +64,14 @@ class Job:
         excluded = about.get("ExcNodeList", "(null)")
         avoided = {*nodes} | ({*self.expand(excluded)} if excluded != "(null)" else set())
         needed = int(about.get("NumNodes", "1").partition("-")[0])
-        usable = command(
-            "sinfo", "-h", "-N", "-o", "%N", "-t", "idle,mix,alloc,comp", "-p", about.get("Partition", "")
-        )
-        left = {*usable[1].split()} - avoided
+        up = ["-t", "idle,mix,alloc,comp", "-p", about.get("Partition", "")]
+        left = {*patiently("sinfo", "--noheader", "-N", "-o", "%N", *up)[1].split()} - avoided
         if len(left) < needed:
-            return (
-                f"keeps {', '.join(nodes)}: only {len(left)} other nodes are up, and the job needs {needed}"
-            )
-        for _ in range(2):  # Slurm ends the job's processes just now, and with them may end scontrol
-            status, text = command(
-                "scontrol", "update", f"JobId={self.number}", f"ExcNodeList={','.join(sorted(avoided))}"
-            )
-            if status != -signal.SIGTERM:
-                break
-        return (
-            f"cannot leave out {', '.join(nodes)}: {text.strip()}"
-            if status
-            else (f"leaves out {', '.join(sorted(avoided))} from now on")
-        )
+            others = f"{len(left)} other nodes are up, and the job needs {needed}"
+            return f"keeps {', '.join(nodes)}: only {others}"
+        names = ",".join(sorted(avoided))
+        status, text = patiently("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={names}")
+        return f"cannot leave out {names}: {text.strip()}" if status else f"leaves out {names} from now on"
 
 
 class Ranks:
@@ -142,7 +129,7 @@ def main() -> None:
     folder = stage_folder(stage, overrides)
     path = folder / "restarts.json"
     history = History.read(path, job.number)
-    before = finished(folder)
+    before, claimed = finished(folder), claim(folder)
     (folder / "refused.json").unlink(missing_ok=True)
     history.begin(job.restart, job.nodes, newest_step(folder))
     keep(history, path)
@@ -165,7 +152,7 @@ def main() -> None:
         code=MISTAKE if ranks.ended_with(MISTAKE) else code,
         done=bool(now) and (code == 0 or now != before),
         refused=refused(folder, job),
-        taken=taken_by(folder, job),
+        taken="" if claim(folder) in (claimed, None) else taken_by(folder, job),
         running=job.running(),
         asked=asked[0] if asked else "",
         hung=hung,
@@ -223,7 +210,7 @@ def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_reques
             told = job.signal_ranks("USR1")
         hung = watch.hung()
         if not hung and time.monotonic() > until:
-            hung = f"asked to stop by {asked[0]}, and not stopped in {setting['STOP']:g} s"
+            hung = f"asked to stop by {asked[0]}, and not stopped in {patience:g} s"
         if hung:
             say(job, f"{hung}: its ranks are killed")
             ranks.end(job)
@@ -284,11 +271,12 @@ except ConfigError as mistakes:
 
 def finished(folder: Path) -> tuple[int, int] | None:
     """Which `done.json` a stage has."""
-    try:
-        facts = (folder / "done.json").stat()
-    except OSError:
-        return None
-    return facts.st_mtime_ns, facts.st_ino
+    return identity(folder / "done.json")
+
+
+def claim(folder: Path) -> tuple[int, int] | None:
+    """Which `attempt.json` it has."""
+    return identity(folder / "attempt.json")
 
 
 def refused(folder: Path, job: Job) -> str:
@@ -343,14 +331,18 @@ def command(*words: str) -> tuple[int, str]:
 
 
 def patiently(*words: str) -> tuple[int, str]:
-    """The same, again and again as long as Slurm's controller does not answer."""
-    result: Any = None
+    """The same, again and again as long as Slurm's controller does not answer.
+
+    When Slurm ends the processes of a job that is requeued, the command may be one of them.
+    """
     for _ in range(30):
-        result = command(*words)
-        if not (result[0] and re.search("[Uu]nable to contact|timed out", result[1])):
+        status, text = command(*words)
+        if status == -signal.SIGTERM:
+            continue
+        if not (status and re.search("[Uu]nable to contact|timed out", text)):
             break
         time.sleep(10)
-    return result
+    return status, text
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """For ranks that Slurm starts: makes steps slow enough to be interrupted, notes them, breaks some.
 
 Python imports a module of this name when it starts, wherever PYTHONPATH leads to it.
-`PACE` is the seconds of a step, `PACE_LOG` a file of lines "time restart rank step"; `FAULT` is a line of
-Python that each rank runs before a step, with `rank`, `step` and `restart` at hand.
+`PACE` is the seconds of a step, `PACE_LOG` a file of lines "time restart rank step". `FAULT` is a line of
+Python that each rank runs when it starts, as step 0, and before every step, with `rank`, `node`, `step` and
+`restart` at hand.
 """
 
 import os
@@ -36,19 +37,26 @@ class Slow(MetaPathFinder):
 
 def slowly(train_step: Any) -> Any:
     """The same step, later."""
-    restart, rank = int(os.environ["SLURM_RESTART_COUNT"]), int(os.environ["SLURM_PROCID"])
 
     def step(task: Any, run: Any, *more: Any, **named: Any) -> Any:
-        facts = {"restart": restart, "rank": rank, "step": run.progress.step + 1, "os": os, "time": time}
-        exec(os.environ.get("FAULT", ""), facts)
+        number = run.progress.step + 1
+        fault(number)
         time.sleep(float(os.environ["PACE"]))
         result = train_step(task, run, *more, **named)
         with open(os.environ["PACE_LOG"], "a", encoding="utf-8") as file:
-            file.write(f"{time.time()} {restart} {rank} {facts['step']}\n")
+            file.write(f"{time.time()} {RESTART} {RANK} {number}\n")
         return result
 
     return step
 
 
-if "PACE" in os.environ and "SLURM_STEP_ID" in os.environ:
+def fault(step: int) -> None:
+    """What the test wants to go wrong here."""
+    facts = {"rank": RANK, "node": os.environ["SLURMD_NODENAME"], "step": step, "restart": RESTART, "os": os}
+    exec(os.environ.get("FAULT", ""), facts)
+
+
+if "PACE" in os.environ and "SLURM_STEP_ID" in os.environ and "megachat" in sys.orig_argv:
+    RESTART, RANK = int(os.environ["SLURM_RESTART_COUNT"]), int(os.environ["SLURM_PROCID"])
+    fault(0)
     sys.meta_path.insert(0, Slow())
