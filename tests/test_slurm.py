@@ -188,11 +188,17 @@ def trial(slurm: Slurm, inputs: Path, tmp_path: Path) -> Iterator[Trial]:
 
 @pytest.fixture
 def mended(slurm: Slurm) -> Iterator[None]:
-    """After a test that breaks nodes, all are there again."""
+    """Before and after a test that breaks nodes, all are there and idle."""
+    idle_nodes(slurm)
     yield
     for node in (1, 2, 3):
         if slurm.call("sinfo", "-h", "-n", f"127.0.0.{node}", "-o", "%t").strip() not in ("idle", "mix"):
             slurm.box("restart-node", str(node))
+    idle_nodes(slurm)
+
+
+def idle_nodes(slurm: Slurm) -> None:
+    """Waits for them: a job that may have one node or two takes what there is."""
     deadline = time.monotonic() + 60
     while idle(slurm) < 3:
         assert time.monotonic() < deadline, slurm.call("sinfo", "-N", "-l")
