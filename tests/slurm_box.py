@@ -34,8 +34,9 @@ class Slurm:
         """What `tools/slurm_cluster.sh` prints: `kill-node 2`, for one."""
         environment = os.environ | {"BOX": str(self.folder)}
         done = subprocess.run(
-            [SCRIPT, *command], env=environment, capture_output=True, text=True, check=True, timeout=60
+            [SCRIPT, *command], env=environment, capture_output=True, text=True, check=False, timeout=60
         )
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
     def about(self, job: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ DOCUMENTS = ["README.md", "README.zh-CN.md", "slurm/README.md", ".github/CONTRIB
 SCRIPTS = {
     "tools/quickstart.sh": ["pipeline", "experiment=quickstart"],
     "slurm/pretrain.sh": ["pretrain"],
+    "slurm/sft.sh": ["sft"],
+    "slurm/rlhf.sh": ["rm"],
     "slurm/data.sh": ["clean"],
 }
 """Scripts that run a stage with the overrides they are given."""

@@ -288,6 +288,13 @@ def test_mistakes_end_at_once(slurm: Slurm, inputs: Path, tmp_path: Path) -> Non
         assert said in trial.said()
 
 
+def test_a_job_that_may_not_be_requeued_says_what_to_do(trial: Trial) -> None:
+    trial.start("-N", "2", "--no-requeue", FAULT="rank == 1 and os.abort()")
+    assert trial.ended() == "FAILED"
+    assert "Slurm does not requeue it" in trial.said()
+    assert "submit the same line again" in trial.said()
+
+
 def test_a_cancelled_job_stays_cancelled(trial: Trial) -> None:
     trial.start().until(2)
     trial.slurm.call("scancel", trial.job)
@@ -310,11 +317,12 @@ def test_without_its_controller_a_job_goes_on(undisturbed: Trial, trial: Trial) 
 
 @pytest.mark.usefixtures("mended")
 def test_a_dead_node_leaves_a_job_on_the_other_with_the_same_losses(undisturbed: Trial, trial: Trial) -> None:
-    since = trial.start("-N", "1-2", "--exclude=127.0.0.3").until(5)
+    # With one task for each node, Slurm has enough of one node from the start.
+    since = trial.start("-N", "1-2", "--ntasks-per-node=2", "--exclude=127.0.0.3").until(5)
     trial.slurm.box("kill-node", "2")
     assert trial.survived("5 a node dies, one is left", since) <= 2
-    assert {step.rank for step in trial.steps(0)} == {0, 1}
-    assert {step.rank for step in trial.steps(1)} == {0}
+    assert {step.rank for step in trial.steps(0)} == {0, 1, 2, 3}
+    assert {step.rank for step in trial.steps(1)} == {0, 1}
     assert same_losses(trial, undisturbed)
 
 
@@ -332,7 +340,8 @@ def test_when_the_node_of_the_batch_script_dies_another_takes_its_place(
 def test_a_rank_that_outlives_its_node_daemon_writes_nothing_any_more(
     undisturbed: Trial, trial: Trial
 ) -> None:
-    since = trial.start().until(5)
+    slow = "restart == 0 and step > 4 and time.sleep(3)"  # the old ranks still train when the new ones start
+    since = trial.start(FAULT=slow).until(4)
     trial.slurm.box("kill-slurmd", "1")  # rank 0 lives on, and so does the supervisor
     assert trial.survived("7 slurmd dies, its rank lives on", since) <= STEPS
     assert same_weights(trial, undisturbed)

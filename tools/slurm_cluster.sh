@@ -164,9 +164,9 @@ env) echo "export SLURM_CONF=$SLURM_CONF" ;;
 status) must_be_up; sinfo -N -l; squeue ;;
 run) must_be_up; inside "$@" ;;
 kill-node) must_be_up; inside kill -KILL "$(<"$BOX/node-$1.pid")" ;;
-# -1: everything in the namespace but its first process, which only waits.
-hang-node) must_be_up; in_node "$1" kill -STOP -1 ;;
-thaw-node) must_be_up; in_node "$1" kill -CONT -1 ;;
+# -1: everything in the namespace but its first process, which only waits. The program `kill` would say it failed.
+hang-node) must_be_up; in_node "$1" bash -c "kill -STOP -1" ;;
+thaw-node) must_be_up; in_node "$1" bash -c "kill -CONT -1" ;;
 kill-slurmd) must_be_up; in_node "$1" kill -KILL "$(<"$BOX/slurmd-$1.inner")" ;;
 restart-node)
     must_be_up

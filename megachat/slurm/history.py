@@ -27,7 +27,7 @@ class Attempt:
     """Until it is known better: one whose node died cannot say how it ended."""
     unfit: list[str] = field(default_factory=list)
     last_lines: list[str] = field(default_factory=list)
-    """The end of what the ranks said, if it failed."""
+    """The end of what the ranks said, unless all is done."""
 
 
 @dataclass

@@ -45,9 +45,14 @@ class Job:
         pairs = (word.partition("=") for word in text.split())
         return {} if status else {name: value for name, _, value in pairs}
 
+    def current(self) -> bool:
+        """Whether this is its newest start: one on a node that Slurm has given up may live on beside it."""
+        return self.about().get("Restarts", str(self.restart)) == str(self.restart)
+
     def running(self) -> bool:
-        """Whether it still runs to Slurm, and is not being ended."""
-        return self.about().get("JobState") == "RUNNING"
+        """Whether this start of it runs to Slurm, too, and is not being ended."""
+        about = self.about()
+        return (about.get("JobState"), about.get("Restarts")) == ("RUNNING", str(self.restart))
 
     def signal_ranks(self, name: str) -> bool:
         """Sends a signal to every rank; False while there is none. Step 0 is the first that srun starts."""
@@ -165,7 +170,8 @@ def main() -> None:
     last = history.attempts[-1]
     last.unfit, last.last_lines = unfit, [] if isinstance(what, Done) else list(ranks.lines)
     history.end("done" if isinstance(what, Done) else what.reason, isinstance(what, Requeue) and what.failed)
-    keep(history, path)
+    if job.current():
+        keep(history, path)
     if isinstance(what, Done):
         say(job, f"{stage} is finished")
         sys.exit(0)

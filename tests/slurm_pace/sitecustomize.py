@@ -52,7 +52,8 @@ def slowly(train_step: Any) -> Any:
 
 def fault(step: int) -> None:
     """What the test wants to go wrong here."""
-    facts = {"rank": RANK, "node": os.environ["SLURMD_NODENAME"], "step": step, "restart": RESTART, "os": os}
+    facts = {"rank": RANK, "node": os.environ["SLURMD_NODENAME"], "step": step, "restart": RESTART}
+    facts |= {"os": os, "time": time}
     exec(os.environ.get("FAULT", ""), facts)
 
 
