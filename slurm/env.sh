@@ -20,5 +20,7 @@ export MEGACHAT_START_SECONDS=${MEGACHAT_START_SECONDS:-3600}  # until the ranks
 export MEGACHAT_STOP_SECONDS=${MEGACHAT_STOP_SECONDS:-240}     # to take the last step and save; less than --signal says
 export MEGACHAT_RESTARTS=${MEGACHAT_RESTARTS:-3}               # in a row that fail and leave no newer checkpoint
 
+# export MEGACHAT_MIN_NODES=2           # after the death of a node a job starts again on as few as these
+
 # Compute nodes seldom reach the internet: record offline, then `wandb sync` from the login node.
 export WANDB_MODE=${WANDB_MODE:-offline}

@@ -78,6 +78,21 @@ class Job:
         status, text = patiently("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={names}")
         return f"cannot leave out {names}: {text.strip()}" if status else f"leaves out {names} from now on"
 
+    def fewer(self, nodes: int) -> str:
+        """Lets it start on fewer nodes than it has had, and says so. Only for a job that waits.
+
+        Slurm remembers how many tasks it had, and would wait until there are nodes for as many.
+        """
+        tasks = nodes * int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+        most = max(nodes, len(self.nodes))
+        size = (f"NumNodes={nodes}-{most}", f"NumTasks={tasks}")
+        status, text = patiently("scontrol", "update", f"JobId={self.number}", *size)
+        return (
+            f"cannot do with fewer nodes: {text.strip()}"
+            if status
+            else f"may start on {nodes} to {most} nodes"
+        )
+
 
 class Ranks:
     """srun, and the words of the ranks that pass through here."""
@@ -176,6 +191,8 @@ def main() -> None:
         say(job, f"{stage} is finished")
         sys.exit(0)
     if isinstance(what, GiveUp):
+        if not job.current() and (fewest := os.environ.get("MEGACHAT_MIN_NODES")):
+            say(job, f"{stage} {job.fewer(int(fewest))}")  # a node has died, and Slurm has requeued the job
         say(job, f"{stage} ends here, {step_in_words(step)}: {what.reason}")
         sys.exit(code if 0 < code < 128 else 1)
     requeue(job, stage, what, unfit, step)
@@ -183,7 +200,7 @@ def main() -> None:
 
 def requeue(job: Job, stage: str, what: Requeue, unfit: Sequence[str], step: int) -> NoReturn:
     """Back into the queue, and waits to be ended for it."""
-    say(job, f"{stage} is requeued, {step_in_words(step)}: {what.reason}")
+    say(job, f"{stage} goes back into the queue, {step_in_words(step)}: {what.reason}")
     if why := job.requeue():
         say(
             job,
