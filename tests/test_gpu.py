@@ -113,3 +113,14 @@ def test_a_run_saved_on_the_gpu_goes_on_there_from_its_checkpoint(
     # The warm-up is a share of all steps, so the two differ in the first;
     # later steps agree within bf16's noise.
     assert losses(run, "pretrain")[-1] == pytest.approx(losses(straight, "pretrain")[-1], rel=0.1)
+
+
+def test_a_row_draws_the_same_token_on_the_gpu_as_on_the_cpu() -> None:
+    import torch
+
+    from megachat.model.draws import draw, keys
+
+    logits = torch.randn(500, 1000, generator=torch.Generator().manual_seed(0))
+    here = draw(logits.softmax(-1), keys(range(500), 3))
+    there = draw(logits.cuda().softmax(-1), keys(range(500), 3, "cuda")).cpu()
+    assert (here != there).sum() <= 1  # but for rounding

@@ -55,7 +55,8 @@ def exponentials(by: Int[Tensor, "rows 2"], tokens: Int[Tensor, " vocab"]) -> Fl
     the key, in strides of the other. torch has no unsigned shift, hence the masks; the last shift goes
     without, which clears the sign: 31 random bits.
     """
-    x = torch.addcmul(by[:, :1], by[:, 1:] | 1, tokens)  # rows vocab
+    x = (by[:, 1:] | 1) * tokens  # rows vocab
+    x += by[:, :1]
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
     x ^= (x >> 15) & 0x1FFFF

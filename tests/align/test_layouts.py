@@ -4,10 +4,13 @@ A batch of 8 samples on 3 data ranks is 3, 3 and 2. Sampled answers are the same
 losses of PPO's policy and critic can be compared as those of other stages can.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from megachat.train.loop import train_step
 from tests.align import tiny
 from tests.spawn import on_ranks
 
@@ -30,6 +33,24 @@ def train(inputs: Path, run: Path, steps: int, *overrides: str) -> None:
         sizes = ["batch=8", "micro_batch=2", "resume=any", "parallel.precision=fp32", "validation_interval=2"]
         upto = f"rollouts={steps // 2}" if name == "ppo" else f"max_steps={steps}"
         tiny.stage(name, inputs, run / name, *sizes, *settings, upto, *overrides).execute()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_idle_micro_batch_changes_nothing_to_the_last_bit(name: str, inputs: Path, run: Path) -> None:
+    ends = []
+    for idle in (False, True):
+        task = tiny.stage(name, inputs, run, "batch=8", "micro_batch=4", *STAGES[name])
+        state = tiny.running(task)
+        batches = next(task.batches(state))
+        if idle:
+            batches += [replace(batches[0], weight=0.0, tokens=0, samples=0)]
+        sums = train_step(task, state, batches, rate=1e-2)
+        weights = [weight for engine in state.engines.values() for weight in engine.module.parameters()]
+        ends.append((sums, state.progress, weights))
+    (sums, progress, weights), (other_sums, other_progress, other_weights) = ends
+    assert sums == other_sums
+    assert progress == other_progress
+    assert all(torch.equal(one, other) for one, other in zip(weights, other_weights, strict=True))
 
 
 @on_ranks(1)

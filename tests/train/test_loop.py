@@ -92,6 +92,21 @@ def test_two_ranks_through_the_whole_loop_give_one_ranks_losses(tiny: Path, tmp_
 
 
 @on_ranks(3)
+def on_three(run: Path, overrides: list[str]) -> None:
+    perform(pretrain(run, *overrides))
+
+
+@pytest.mark.slow
+def test_eight_samples_on_three_ranks_cost_what_they_cost_on_one(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "three"  # the third rank has an idle micro-batch in every step
+    layout = ["parallel=zero2", "micro_batch=1", "parallel.precision=fp32"]
+    on_three(run=run, overrides=[f"inputs={tiny}", *layout])
+    expected, found = rows(tiny), rows(run)
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
+
+
+@on_ranks(3)
 def test_a_batch_with_fewer_samples_than_data_ranks_is_refused(tiny: Path, tmp_path: Path) -> None:
     task = pretrain(tmp_path / "few", f"inputs={tiny}", "batch=2")
     start(1).barrier()  # no rank leaves while others are still joining
