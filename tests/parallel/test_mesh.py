@@ -86,6 +86,7 @@ def test_every_rank_gives_a_number() -> None:
     mesh = start(1)
     assert mesh.each(mesh.rank + 0.5) == [0.5, 1.5]
     assert place(mesh.rank).endswith(f"pid {os.getpid()}")
+    mesh.barrier()  # rank 0 holds the store that the other one asks
 
 
 def test_the_launcher_sees_a_heartbeat_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
