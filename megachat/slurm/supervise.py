@@ -254,10 +254,14 @@ def stopping(history: History, asked: Sequence[str]) -> History:
 
 def srun(stage: str, overrides: Sequence[str]) -> list[str]:
     """The command that starts one rank for each task of the job."""
+    nodes, each = (
+        int(os.environ.get(name) or 0) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE")
+    )
     return [
         "srun",
-        # The job's own number of nodes, for a range of them (-N 1-2) the one it has got.
-        f"--nodes={os.environ['SLURM_JOB_NUM_NODES']}",
+        # As many as it has got, which may be fewer than it had; of tasks Slurm would start as many as before.
+        f"--nodes={nodes}",
+        *([f"--ntasks={nodes * each}"] if each else []),
         # Since Slurm 22.05 srun does not inherit it from sbatch.
         f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}",
         # One dead rank ends the others, which would wait for it in an all-reduce.
