@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 300.0
 """Seconds that no job here takes, on a machine that does other things, too."""
 STEPS = 12
+LOST = 4
+"""Steps that a kill may cost: since a checkpoint every two, the newest of which is still being written."""
 
 
 @pytest.fixture(scope="session")
@@ -255,7 +257,7 @@ def test_scontrol_requeue_costs_no_step(undisturbed: Trial, trial: Trial) -> Non
 def test_a_killed_rank_ends_the_others_and_the_job_starts_again(undisturbed: Trial, trial: Trial) -> None:
     since = trial.start().until(5)
     os.kill(trial.slurm.ranks(trial.job)[1], signal.SIGKILL)
-    assert trial.survived("1 a rank killed, under Slurm", since) <= 2
+    assert trial.survived("1 a rank killed, under Slurm", since) <= LOST
     assert "goes back into the queue, with a checkpoint of step" in trial.said()
     assert re.search(r"rank 1 on 127.0.0.\d: killed", trial.said())
     assert same_weights(trial, undisturbed)
@@ -265,7 +267,7 @@ def test_ranks_that_are_all_frozen_are_noticed_from_outside(undisturbed: Trial, 
     since = trial.start(MEGACHAT_HANG_SECONDS="8").until(5)
     for process in trial.slurm.ranks(trial.job).values():
         os.kill(process, signal.SIGSTOP)
-    assert trial.survived("2 all ranks frozen, under Slurm", since) <= 2
+    assert trial.survived("2 all ranks frozen, under Slurm", since) <= LOST
     assert "no sign of life for 8 s" in trial.said()
     assert same_weights(trial, undisturbed)
 
@@ -324,7 +326,7 @@ def test_without_its_controller_a_job_goes_on(undisturbed: Trial, trial: Trial) 
 def test_a_dead_node_leaves_a_job_on_the_other_with_the_same_losses(undisturbed: Trial, trial: Trial) -> None:
     since = trial.start("-N", "2", "--exclude=127.0.0.3", MEGACHAT_MIN_NODES="1").until(5)
     trial.slurm.box("kill-node", trial.nodes()[1])
-    assert trial.survived("5 a node dies, one is left", since) <= 2
+    assert trial.survived("5 a node dies, one is left", since) <= LOST
     assert {step.rank for step in trial.steps(0)} == {0, 1}
     assert {step.rank for step in trial.steps(1)} == {0}
     assert same_losses(trial, undisturbed)
@@ -336,7 +338,7 @@ def test_when_the_node_of_the_batch_script_dies_another_takes_its_place(
 ) -> None:
     since = trial.start().until(5)
     trial.slurm.box("kill-node", trial.nodes()[0])
-    assert trial.survived("5 the first node dies, a spare is there", since) <= 2
+    assert trial.survived("5 the first node dies, a spare is there", since) <= LOST
     assert same_weights(trial, undisturbed)
 
 
@@ -358,7 +360,7 @@ def test_a_node_that_freezes_and_thaws_does_no_harm(undisturbed: Trial, trial: T
     trial.slurm.box("hang-node", frozen)
     trial.until(6, restart=1)
     trial.slurm.box("thaw-node", frozen)
-    assert trial.survived("6 a node freezes, and thaws", since) <= 2
+    assert trial.survived("6 a node freezes, and thaws", since) <= LOST
     assert same_weights(trial, undisturbed)
 
 
