@@ -186,9 +186,13 @@ class Job:
             process = context("cpu").Process(target=be_rank, args=(plan, command, variables, log))
             process.start()
             attempt.processes.append(process)
-        if watch is not None:
-            watch(attempt)
-        attempt.codes = self._wait(attempt)
+        try:
+            if watch is not None:
+                watch(attempt)
+            attempt.codes = self._wait(attempt)
+        finally:
+            for process in attempt.processes:  # a frozen one would stay for ever
+                process.kill()
         attempt.ended = time.time()
         return attempt
 
