@@ -322,10 +322,12 @@ class Engine:
         piece = rows[start - first * width : end - first * width]
         return nn.functional.pad(piece, (0, count - len(piece)))
 
-    def _read(self, parameter: Tensor, moment: str | None) -> Tensor:
+    def _read(self, parameter: Any, moment: str | None) -> Tensor:
         if self.parallel.zero == 0:
             value = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
             return value.detach().float()
+        if self.parallel.zero < 3 and self.mesh.data == 1:  # this rank has all of it: nothing to gather
+            return parameter._hp_mapping.get_hp_fragment(moment).view_as(parameter).detach()
         if moment is None:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, moment)

@@ -164,6 +164,8 @@ class Saver:
         self.failures = 0
         self._figures: dict[str, float] = {}
         self._pending: _Save | None = None
+        self._host: Tensor | None = None
+        """Where the copies lie that are written in the background; kept from one checkpoint to the next."""
         self._shapes = {
             f"{role}/{name}": shape
             for role, engine in engines.items()
@@ -200,13 +202,8 @@ class Saver:
             self._alarm(save, problem)
             return
         if self.background:
-            live = {role: engine.parallel.zero == 0 for role, engine in self.engines.items()}
-            copies = deque(
-                (name, _host_copy(tensor, live[name.partition("/")[0]])) for name, tensor in self._share()
-            )
-            if self.mesh.device.type == "cuda":
-                torch.cuda.synchronize()
-            save.thread = threading.Thread(target=self._write_copies, args=(save, copies), daemon=True)
+            copies = self._copies()
+            save.thread = threading.Thread(target=self._write, args=(save, copies), daemon=True)
             save.thread.start()
             self._pending = save
         else:
@@ -240,12 +237,24 @@ class Saver:
                 if self._owners[f"{role}/{name}"] == self.mesh.rank:
                     yield f"{role}/{name}", tensor
 
-    def _write_copies(self, save: _Save, copies: deque[tuple[str, Tensor]]) -> None:
-        def taken() -> Iterator[tuple[str, Tensor]]:
-            while copies:
-                yield copies.popleft()  # memory is given back while it writes
+    def _copies(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share, copied to where the one before it lay.
 
-        self._write(save, taken())
+        To touch fresh memory takes several times as long as to copy (0.5 s into the same 1.6 GB, 1.5 to 3.6 s
+        into new ones), and a GPU copies on its own into pinned memory alone.
+        """
+        if self._host is None:
+            sizes = {name: shape.numel() for name, shape in self._shapes.items()}
+            count = sum(size for name, size in sizes.items() if self._owners[name] == self.mesh.rank)
+            self._host = torch.empty(count, pin_memory=self.mesh.device.type == "cuda")
+        copies, end = [], 0
+        for name, tensor in self._share():
+            start, end = end, end + tensor.numel()
+            copy = self._host[start:end].view(tensor.shape)
+            copies.append((name, copy.copy_(tensor.detach(), non_blocking=True)))
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        return iter(copies)
 
     def _write(self, save: _Save, tensors: Iterator[tuple[str, Tensor]]) -> None:
         try:
@@ -350,14 +359,3 @@ class Saver:
         if superseded:
             raise Superseded(problem)
         return problem
-
-
-def _host_copy(tensor: Tensor, live: bool) -> Tensor:
-    """What no step changes any more, in memory that a GPU can write to while it computes.
-
-    At ZeRO 0 the logical tensors are the live ones; elsewhere they have just been gathered.
-    """
-    if not tensor.is_cuda:
-        return tensor.detach().clone() if live else tensor.detach()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor.detach(), non_blocking=True)

@@ -58,11 +58,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="checkpoints of each after its first")
     parser.add_argument("--ranks", type=int, default=1, help="of the run that is killed")
     parser.add_argument("--folder", type=Path, help="on the disk to write to; it is deleted")
+    parser.add_argument("--writers", default="", help="of the first table: those with this in their name")
     parser.add_argument("--only", choices=["stall", "recovery"])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="bench-saving.") as name:
         if given.only != "recovery":
-            stalls(Path(name), given.model, given.zero, given.rounds)
+            stalls(Path(name), given.model, given.zero, given.rounds, given.writers)
         if given.only != "stall":
             recovery(Path(name), given.model, given.layers, given.ranks)
 
@@ -70,12 +71,14 @@ def main() -> None:
 # The stall.
 
 
-def stalls(folder: Path, model: str, zero: int, rounds: int) -> None:
+def stalls(folder: Path, model: str, zero: int, rounds: int, which: str) -> None:
     """Measures each writer in turn, and prints the table."""
     writers, size = programs(folder, model, zero)
     print(f"{size / 1e9:.2f} GB of weights and moments, ZeRO {zero} on one process")
     print(f"{'':<40}{'first s':>9}{'stall s':>9}{'GB/s':>7}{'share':>8}{'on disk s':>11}")
     for name, write in writers.items():
+        if which not in name:
+            continue
         took = []
         for number in range(rounds + 1):
             place = folder / "checkpoints"
@@ -133,7 +136,9 @@ def programs(folder: Path, model_name: str, zero: int) -> tuple[dict[str, Write]
             begun = time.perf_counter()
             saver.save({"step": step})
             stall = time.perf_counter() - begun
-            while saver.step != step:  # as the loop does after every step; what is waited for then counts as well
+            while (
+                saver.step != step
+            ):  # as the loop does after every step; what is waited for then counts as well
                 time.sleep(0.01)
                 polled = time.perf_counter()
                 saver.poll()
@@ -203,16 +208,21 @@ def recovery(folder: Path, model: str, layers: int, ranks: int) -> None:
         "validation_interval=0", "log.wandb=disabled",
     ]  # fmt: skip
     with running(run, settings, ranks, folder / "first.json") as processes:
-        wait_for(lambda: any((run / "pretrain" / "checkpoints").glob("step-*/manifest.json")), processes)
+        wait_for(
+            lambda: any((run / "pretrain" / "checkpoints").glob("step-*/manifest.json")),
+            processes,
+            run.parent,
+        )
         for process in processes:
             process.send_signal(signal.SIGKILL)
         killed = time.time()
     marks = folder / "again.json"
     with running(run, settings, ranks, marks) as processes:
-        wait_for(lambda: marks.exists(), processes)
+        wait_for(marks.exists, processes, run.parent)
     told = json.loads(marks.read_text())
-    size = sum(path.stat().st_size for path in (run / "pretrain" / "checkpoints").glob("step-*/*.safetensors"))
-    print(f"\nSIGKILL of {ranks} of {ranks} ranks; {size / 1e9:.2f} GB of checkpoints are there to go on from")
+    newest = max((run / "pretrain" / "checkpoints").glob("step-*/manifest.json")).parent
+    size = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
+    print(f"\nSIGKILL of all ranks ({ranks}), with a checkpoint of {size / 1e9:.2f} GB")
     for row in recovered(told, killed):
         print(row)
 
@@ -275,11 +285,13 @@ def running(
             process.wait()
 
 
-def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Raises when a rank ends first."""
+def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]], logs: Path) -> None:
+    """Raises when a rank ends first, with what it said."""
     while not condition():
-        if any(process.poll() is not None for process in processes):
-            raise RuntimeError("a rank has ended: its log lies beside the run (--folder keeps none; see stderr)")
+        for rank, process in enumerate(processes):
+            if process.poll() is not None:
+                said = (logs / f"rank{rank}.log").read_text(errors="replace")
+                raise RuntimeError(f"rank {rank} has ended:\n{said[-4000:]}")
         time.sleep(0.05)
 
 

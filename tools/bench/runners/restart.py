@@ -1,4 +1,4 @@
-"""`restart.py MARKS.json STAGE [SETTING ...]`: runs a stage as `megachat` does, and writes down when it was where.
+"""`restart.py MARKS.json STAGE [SETTING ...]`: runs a stage as `megachat` does, and notes when it was where.
 
 Rank 0 writes the marks when it has taken its first step after a checkpoint, as seconds since 1970.
 """
