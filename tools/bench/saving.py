@@ -203,16 +203,12 @@ def recovery(folder: Path, model: str, layers: int, ranks: int) -> None:
     """Kills a run, starts it again, and prints what the time went to."""
     run = prepared(folder / "runs" / "killed")
     settings = [
-        f"run={run}", f"model={model}", f"model.layers={layers}", "context=128", "batch=2", "micro_batch=1",
+        f"run={run}", f"model={model}", f"model.layers={layers}", "context=64", "batch=1", "micro_batch=1",
         "tokens=1000000", "parallel.precision=fp32", "checkpoint_interval=1", "log.interval=1",
         "validation_interval=0", "log.wandb=disabled",
     ]  # fmt: skip
     with running(run, settings, ranks, folder / "first.json") as processes:
-        wait_for(
-            lambda: any((run / "pretrain" / "checkpoints").glob("step-*/manifest.json")),
-            processes,
-            run.parent,
-        )
+        wait_for((run / "pretrain" / "checkpoints" / "latest.json").exists, processes, run.parent)
         for process in processes:
             process.send_signal(signal.SIGKILL)
         killed = time.time()
@@ -220,7 +216,8 @@ def recovery(folder: Path, model: str, layers: int, ranks: int) -> None:
     with running(run, settings, ranks, marks) as processes:
         wait_for(marks.exists, processes, run.parent)
     told = json.loads(marks.read_text())
-    newest = max((run / "pretrain" / "checkpoints").glob("step-*/manifest.json")).parent
+    checkpoints = run / "pretrain" / "checkpoints"
+    newest = checkpoints / json.loads((checkpoints / "latest.json").read_text())["checkpoint"]
     size = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
     print(f"\nSIGKILL of all ranks ({ranks}), with a checkpoint of {size / 1e9:.2f} GB")
     for row in recovered(told, killed):
