@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megachat.parallel.checkpoint import steps
 from tests.fault_table import record
 from tests.faults.conftest import Start, Straight
 from tests.faults.inject import Fault
@@ -28,7 +29,8 @@ def killed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def checkpoints(job: Job) -> list[Path]:
-    return sorted((job.stage / "checkpoints").glob("step-*"))
+    """The complete ones, oldest first."""
+    return steps(job.stage / "checkpoints")
 
 
 def again(killed: Job, start: Start) -> Job:
