@@ -78,6 +78,19 @@ def _sum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(apart, sort_keys=True).encode()).hexdigest()
 
 
+class TooNew(ValueError):
+    """A checkpoint of a later version: it is whole, and this version cannot read it."""
+
+
+def _check_format(manifest: Any, path: Path) -> None:
+    """Before anything else, for a later format may call everything by another name."""
+    found = manifest.get("format", 1) if isinstance(manifest, dict) else 1
+    if isinstance(found, int) and found > FORMAT:
+        raise TooNew(
+            f"{path} has format {found}, and megachat {__version__} reads up to {FORMAT}; update megachat"
+        )
+
+
 def _mistake(manifest: Any, path: Path) -> str:
     """What is wrong with a manifest, or nothing. The first format had no sum, and no shapes."""
     match manifest:
@@ -86,7 +99,7 @@ def _mistake(manifest: Any, path: Path) -> str:
         case _:
             return "it lacks files, progress, or architecture"
     if manifest.get("format", 1) not in (1, FORMAT):
-        return f"it has format {manifest['format']!r}, and this version reads up to {FORMAT}; update megachat"
+        return f"it has format {manifest['format']!r}"
     if manifest.get("format", 1) == FORMAT and manifest.get("sha256") != _sum(manifest):
         return "it has been changed since it was written: its own sha256 differs"
     if path.name.startswith("step-") and path.name != f"step-{step:08d}":
@@ -113,11 +126,13 @@ class Checkpoint:
     def open(path: Path) -> "Checkpoint":
         """Reads the manifest and compares every file's size with it.
 
-        A ValueError names what is damaged; an OSError comes from a disk that does not answer.
+        A ValueError names what is damaged (TooNew: nothing is); an OSError comes from a disk that does not
+        answer.
         """
         try:
             text = patiently((path / MANIFEST).read_bytes)
             manifest = json.loads(text.decode("utf-8"))
+            _check_format(manifest, path)
             if mistake := _mistake(manifest, path):
                 raise ValueError(f"{path / MANIFEST} is damaged: {mistake}")
             for name, facts in manifest["files"].items():
@@ -216,15 +231,19 @@ def newest(folder: Path, mesh: Mesh) -> Checkpoint | None:
 
 def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or what is damaged in it. Raises on every rank when one of them cannot read."""
-    checkpoint, damaged, silent = None, "", ""
+    checkpoint, newer, damaged, silent = None, "", "", ""
     try:
         if mesh.rank == 0:
             checkpoint = Checkpoint.open(path)
+    except TooNew as error:
+        newer = str(error)
     except ValueError as error:
         damaged = str(error)
     except OSError as error:
         silent = str(error)
-    checkpoint, damaged, silent = mesh.first((checkpoint, damaged, silent))
+    checkpoint, newer, damaged, silent = mesh.first((checkpoint, newer, damaged, silent))
+    if newer:
+        raise TooNew(newer)
     try:
         if checkpoint:
             checkpoint.verify(mesh.rank, mesh.world)

@@ -15,7 +15,7 @@ import torch
 from megachat.files import patiently, sha256, write_json
 from megachat.parallel import checkpoint
 from megachat.parallel.attempt import claim
-from megachat.parallel.checkpoint import Checkpoint, newest, write_manifest
+from megachat.parallel.checkpoint import Checkpoint, TooNew, newest, write_manifest
 from megachat.parallel.mesh import Mesh, start
 from megachat.parallel.saving import write_tensors
 from megachat.run import finished
@@ -186,6 +186,17 @@ def test_a_run_never_starts_over_by_itself(tmp_path: Path) -> None:
         newest(folder, ALONE)
     shutil.rmtree(folder.parent)
     assert newest(folder, ALONE) is None
+
+
+@on_ranks(2)
+def test_a_checkpoint_of_a_later_version_is_refused_by_all_ranks_and_stays(tmp_path: Path) -> None:
+    mesh, folder = start(1), tmp_path / "checkpoints"
+    if mesh.rank == 0:
+        write(folder, 1, 2)
+        (folder / "step-00000002" / "manifest.json").write_text('{"format": 3, "chunks": []}')
+    with pytest.raises(TooNew, match=r"step-00000002 has format 3, .* reads up to 2; update megachat"):
+        newest(folder, mesh)
+    assert len(checkpoint.steps(folder)) == 2
 
 
 def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
