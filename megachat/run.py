@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -222,13 +223,28 @@ def begin(stage: Stage) -> bool:
 def put_back(stage: Stage) -> None:
     """After a failure: what `begin` moved away returns, unless something has been trained in its place."""
     aside = stage._aside
-    metrics = stage.folder / "metrics.jsonl"
-    if aside is None or (metrics.is_file() and metrics.stat().st_size):
+    if aside is None:
         return
+    metrics = stage.folder / "metrics.jsonl"
     with suppress(OSError):  # the disk, perhaps, that was the failure
+        if metrics.is_file() and metrics.stat().st_size:
+            return
+        if any(stage.folder.glob("checkpoints/step-*[0-9]")) or not _ours(stage.folder / "attempt.json"):
+            return
         shutil.rmtree(stage.folder, ignore_errors=True)
         aside.rename(stage.folder)
         say(f"{stage.name}: nothing has been made in its place, so {aside} is {stage.folder} again")
+
+
+def _ours(path: Path) -> bool:
+    """Whether this process started the last attempt, or none has begun."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return bool((found["host"], found["pid"]) == (socket.gethostname(), os.getpid()))
+    except FileNotFoundError:
+        return True
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def refuse(stage: Stage, error: str) -> None:

@@ -1,5 +1,8 @@
 """Run folders: what counts as finished, what is done again, and what is never lost."""
 
+import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,7 @@ import yaml
 
 from megachat.config import compose, redact
 from megachat.files import replacing
-from megachat.run import Stage, begin, external, finished, perform
+from megachat.run import Stage, begin, external, finished, perform, put_back
 from tests.tiny_model import finish
 
 
@@ -50,6 +53,28 @@ def test_what_was_set_aside_returns_when_nothing_could_be_made_in_its_place(run:
         perform(clean(run, f"corpus.plain_text.paths=[{text.parent}/*.typo]"))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert not begin(clean(run))
+
+
+def test_what_was_set_aside_does_not_replace_what_another_start_makes_or_a_checkpoint(
+    run: Path, text: Path
+) -> None:
+    perform(clean(run))
+    stage = clean(run, "shards=7")
+    assert begin(stage)
+    stage.folder.mkdir()
+    attempt = stage.folder / "attempt.json"
+    attempt.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid() + 1}))
+    put_back(stage)
+    assert attempt.exists()
+    attempt.unlink()
+    saved = stage.folder / "checkpoints" / "step-00000001"
+    saved.mkdir(parents=True)
+    put_back(stage)
+    assert saved.exists()
+    saved.rmdir()
+    attempt.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    put_back(stage)
+    assert finished(stage.folder)
 
 
 @pytest.mark.parametrize("pattern", ["{}/*.txt", "{}/**/*.txt", "{}/a.txt"])

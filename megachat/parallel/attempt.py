@@ -44,6 +44,10 @@ class Attempt:
         if now is None:
             raise Superseded(f"{stage / FILE} has gone: somebody else has moved or deleted this run")
 
+    def fence(self, stage: Path, mesh: Mesh) -> None:
+        """`check` on rank 0, and what it raises on every rank: before the stage's folder is changed."""
+        mesh.lead(lambda: self.check(stage))
+
 
 def recorded(stage: Path) -> Attempt | None:
     """The attempt that a stage's folder names, or None."""
@@ -65,20 +69,18 @@ def claim(stage: Path, mesh: Mesh) -> Attempt:
 
     An earlier incarnation of the same Slurm job, which has been requeued since, is refused.
     """
-    problem, mine = "", None
-    if mesh.rank == 0:
+
+    def take() -> Attempt:
         before = recorded(stage)
         job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         if before and job and before.job == job and restart < before.restart:
-            problem = (
+            raise Superseded(
                 f"{stage / FILE} names attempt {before.attempt} of job {job}, which has been requeued "
                 f"{before.restart} times; this is a start from before (requeued {restart} times), and it ends"
             )
-        else:
-            number = before.attempt + 1 if before else 1
-            mine = Attempt(number, restart, job, socket.gethostname(), os.getpid())
-            write_json(stage / FILE, asdict(mine))
-    problem, mine = mesh.first((problem, mine))
-    if mine is None:
-        raise Superseded(problem)
-    return mine
+        number = before.attempt + 1 if before else 1
+        mine = Attempt(number, restart, job, socket.gethostname(), os.getpid())
+        write_json(stage / FILE, asdict(mine))
+        return mine
+
+    return mesh.lead(take)

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,9 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 SAVED = "saved.json"
 """In the stage's folder, beside `checkpoints/`: that something was saved, should all of it disappear."""
+
+REPLACED = ".replaced.tmp"
+"""What a checkpoint's name ends in while another of the same step takes its place."""
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
@@ -204,16 +207,20 @@ class Checkpoint:
             )
 
 
-def newest(folder: Path, mesh: Mesh) -> Checkpoint | None:
+def newest(folder: Path, mesh: Mesh, fence: Callable[[], None] = lambda: None) -> Checkpoint | None:
     """The newest checkpoint that is whole, the same on every rank; None if none was ever written.
 
     Rank 0 says what there is (network file systems do not show all nodes the same at once), all ranks verify.
-    Damaged ones are named and moved to `damaged/`.
+    Damaged ones are named and moved to `damaged/`. `fence` raises, on all ranks, where this process may not
+    change the folder.
     """
+    fence()
+    mesh.lead(lambda: _return_replaced(folder))
     for name in reversed(mesh.first([path.name for path in steps(folder)])):
         checkpoint, problem = _verified(folder / name, mesh)
         if checkpoint:
             return checkpoint
+        fence()  # it takes long to read them all, and a newer start deletes the oldest
         aside = folder / "damaged" / name
         if mesh.rank == 0:
             while aside.exists():  # written again since, and damaged again
@@ -227,6 +234,14 @@ def newest(folder: Path, mesh: Mesh) -> Checkpoint | None:
             f"or delete {folder.parent} to start over"
         )
     return None
+
+
+def _return_replaced(folder: Path) -> None:
+    """A save that was killed just before a new checkpoint took the name of an old one gives it back."""
+    for left in folder.glob(f"step-*{REPLACED}"):
+        whole = left.with_name(left.name.removesuffix(REPLACED))
+        if not whole.exists():
+            left.rename(whole)
 
 
 def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str]:

@@ -12,12 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -253,6 +253,20 @@ class Mesh:
         told = [value]
         dist.broadcast_object_list(told, src=0)
         return told[0]
+
+    def lead(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, on every rank; so is its error, of the disk or of a value."""
+        done: T | None = None
+        failed: OSError | ValueError | None = None
+        if self.rank == 0:
+            try:
+                done = action()
+            except (OSError, ValueError) as error:
+                failed = error
+        done, failed = self.first((done, failed))
+        if failed is not None:
+            raise failed
+        return cast(T, done)
 
     def each(self, value: float) -> list[float]:
         """One number from every rank, in order of rank: `gather` in a single small collective."""

@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megachat.files import fsync, remove, sweep, write_json
+from megachat.files import fsync, remove, write_json
 from megachat.log import say
 from megachat.parallel.attempt import Attempt
-from megachat.parallel.checkpoint import SAVED, steps, write_manifest
+from megachat.parallel.checkpoint import REPLACED, SAVED, steps, write_manifest
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.run import Superseded
@@ -175,7 +176,14 @@ class Saver:
         self._bytes = sum(sizes.values())
         self._owners = deal(sizes, mesh.world)
         if mesh.rank == 0:
-            sweep(folder)  # of attempts that were cut off
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Deletes what attempts that were cut off have half written, and nothing of a newer one."""
+        for left in self.folder.glob("*.tmp"):
+            written = re.fullmatch(r"step-\d+\.(\d+)\.tmp", left.name)
+            if written is None or int(written[1]) <= self.attempt.attempt:
+                remove(left)
 
     def due(self, step: int) -> bool:
         """Whether the interval is over since the last one was begun."""
@@ -312,7 +320,7 @@ class Saver:
     def _name(self, save: _Save) -> None:
         """The moment in which the checkpoint comes to be."""
         target = self.folder / f"step-{save.step:08d}"
-        replaced = target.with_name(f"{target.name}.replaced.tmp")
+        replaced = target.with_name(f"{target.name}{REPLACED}")
         if target.exists():  # the run was rolled back, and has come here again
             remove(replaced)
             target.rename(replaced)
@@ -347,15 +355,10 @@ class Saver:
 
     def _on_first(self, action: Callable[[], None]) -> str:
         """Does something on rank 0; every rank learns why it failed, if it did."""
-        problem, superseded = "", False
-        if self.mesh.rank == 0:
-            try:
-                action()
-            except Superseded as error:
-                problem, superseded = str(error), True
-            except OSError as error:
-                problem = str(error)
-        problem, superseded = self.mesh.first((problem, superseded))
-        if superseded:
-            raise Superseded(problem)
-        return problem
+        try:
+            self.mesh.lead(action)
+        except Superseded:
+            raise
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""

@@ -295,7 +295,11 @@ def fit(task: Task) -> None:
             preflight(mesh, task.folder, _checkpoint_bytes(models))
             watch.at("load")
         flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
-        saved = checkpoint.newest(task.folder / "checkpoints", mesh)
+
+        def fence() -> None:
+            mine.fence(task.folder, mesh)
+
+        saved = checkpoint.newest(task.folder / "checkpoints", mesh, fence)
         if saved is not None:
             _check(saved, task, run, models)
         run.engines = {
@@ -315,6 +319,7 @@ def fit(task: Task) -> None:
         watch.at("prepare")
         run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
         run.skipped = Skipped(task.skip, task.folder / "skipped.jsonl")
+        fence()  # this start may have been frozen while it loaded; from here on it writes
         run.skipped.recall(task.fingerprint(), run.progress.step, mesh)
         if mesh.rank == 0:
             record_config(task)
@@ -624,7 +629,9 @@ def _roll_back(task: Task, run: Running, saver: Saver, times: int, rate: float) 
     """Back to the newest checkpoint, for the `times`-th time without getting further."""
     run.watch.at("going back")
     saver.finish()
-    saved = checkpoint.newest(task.folder / "checkpoints", run.mesh)
+    saved = checkpoint.newest(
+        task.folder / "checkpoints", run.mesh, lambda: saver.attempt.fence(task.folder, run.mesh)
+    )
     if saved is None or times > task.guard.give_up:
         where = f"going back to {saved.path.name} has not helped" if saved else "no checkpoint to go back to"
         raise _diverged(task, run, rate, where)

@@ -18,7 +18,7 @@ from megachat.parallel.attempt import claim
 from megachat.parallel.checkpoint import Checkpoint, TooNew, newest, write_manifest
 from megachat.parallel.mesh import Mesh, start
 from megachat.parallel.saving import write_tensors
-from megachat.run import finished
+from megachat.run import Superseded, finished
 from tests.spawn import on_ranks
 
 ALONE = Mesh(0, 1, 1, torch.device("cpu"), None, None)
@@ -186,6 +186,30 @@ def test_a_run_never_starts_over_by_itself(tmp_path: Path) -> None:
         newest(folder, ALONE)
     shutil.rmtree(folder.parent)
     assert newest(folder, ALONE) is None
+
+
+def test_a_checkpoint_whose_name_a_killed_save_was_about_to_take_has_it_again(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.replaced.tmp")
+    found = newest(tmp_path, ALONE)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+
+
+def test_a_start_that_has_been_superseded_sets_nothing_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    write(folder, 1, 2)
+    zombie = claim(tmp_path, ALONE)
+
+    def fence() -> None:
+        if not (folder / "step-00000002" / "manifest.json").exists():  # what it reads is being deleted
+            claim(tmp_path, ALONE)
+        zombie.fence(tmp_path, ALONE)
+
+    without_manifest(folder / "step-00000002")
+    with pytest.raises(Superseded, match="names attempt 2"):
+        newest(folder, ALONE, fence)
+    assert len(checkpoint.steps(folder)) == 2
 
 
 @on_ranks(2)

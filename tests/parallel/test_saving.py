@@ -257,6 +257,48 @@ def test_a_requeued_job_displaces_its_earlier_start_and_not_the_other_way_round(
     assert claim(tmp_path, mesh).attempt == 3
 
 
+@on_ranks(1)
+def test_an_older_start_that_loads_late_leaves_what_the_newer_one_is_writing(
+    tiny: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "checkpoints" / "step-00000005.2.tmp"
+    half.mkdir(parents=True)
+    assert saver(tiny, tmp_path).attempt.attempt == 1
+    assert half.is_dir()
+    saver(tiny, tmp_path)
+    assert not half.exists()
+
+
+@on_ranks(1)
+def test_a_start_that_froze_while_it_loaded_changes_nothing_when_it_thaws(tiny: Path, tmp_path: Path) -> None:
+    zombie = pretrain(tmp_path, f"inputs={tiny}")
+    prepare = type(zombie).prepare
+
+    def freezes(task: Any, run: Any) -> int:
+        claim(task.folder, run.mesh)  # meanwhile the next one starts
+        (task.folder / "skipped.jsonl").write_text("half a line")
+        return prepare(task, run)
+
+    type(zombie).prepare = freezes  # type: ignore[method-assign]
+    with pytest.raises(Superseded, match="names attempt 2"):
+        perform(zombie)
+    left = sorted(path.name for path in zombie.folder.iterdir() if path.name != "heartbeat.json")
+    assert left == ["attempt.json", "skipped.jsonl"]
+    assert (zombie.folder / "skipped.jsonl").read_text() == "half a line"
+
+
+@on_ranks(2)
+def test_all_ranks_learn_that_the_record_of_the_attempt_cannot_be_read(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path)
+    (tmp_path / "attempt.json").write_text("{")
+    writes.save({"step": 1})
+    assert writes.failures == 1
+    with pytest.raises(ValueError, match=r"attempt.json is not the record of an attempt .* delete it"):
+        writes.attempt.fence(tmp_path, writes.mesh)
+    with pytest.raises(ValueError, match=r"attempt.json is not the record of an attempt .* delete it"):
+        claim(tmp_path, writes.mesh)
+
+
 @on_ranks(2)
 def test_two_ranks_write_half_each_and_agree_that_one_has_failed(tiny: Path, tmp_path: Path) -> None:
     writes = saver(tiny, tmp_path, background=True)
