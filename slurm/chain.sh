@@ -41,7 +41,7 @@ for stage in $order; do
     after=
     for before in ${reads[$stage]:-}; do after+=${job[$before]:+:${job[$before]}}; done
     # shellcheck disable=SC2086 -- options are words
-    job[$stage]=$(STAGE=$stage sbatch --parsable --job-name="megachat-$stage" $options \
+    job[$stage]=$(STAGE=$stage sbatch --parsable --export=ALL --job-name="megachat-$stage" $options \
         ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "slurm/$script" "${settings[@]}")
     echo "$stage ${job[$stage]}"
 done

@@ -43,7 +43,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export RAY_USAGE_STATS_ENABLED=0
 # One Ray for each job: its port follows from the job's number, below 32768, where Linux hands out ports to whoever asks.
 # srun counts one task for each node, which megachat would take for that many of itself: Ray starts it once.
-exec srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 ray symmetric-run \
+exec srun --export=ALL --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 ray symmetric-run \
     --address "$head:$((20000 + SLURM_JOB_ID % 12000))" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus "$SLURM_CPUS_PER_TASK" -- \
     env -u SLURM_STEP_NUM_TASKS python -m megachat "${STAGE:-clean}" executor=ray "$@"

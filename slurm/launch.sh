@@ -1,5 +1,10 @@
 # What the scripts that train do: `exec bash slurm/launch.sh STAGE [key=value ...]` in a job, in the checkout.
 set -euo pipefail
+if [[ ${SLURM_ARRAY_JOB_ID:-} ]]; then  # they would share a number of their steps, a run and its count of restarts
+    echo "launch.sh: a stage that trains is no job array (--array): submit one job for each run=..., or for parts of" \
+        "one run, one after another, the same line again with --dependency=afterany:JOB" >&2
+    exit 2
+fi
 trap '' USR1                            # until there is somebody to answer it: it would end the job
 unset RANK WORLD_SIZE LOCAL_RANK        # sbatch hands on the shell it is typed in, which may itself be a rank of a job
 source slurm/env.sh

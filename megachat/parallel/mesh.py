@@ -42,6 +42,12 @@ class PortTaken(OSError):
     exit_code = TAKEN
 
 
+class Unfit(OSError):
+    """This node cannot take part: the run may go on without it."""
+
+    exit_code = 70
+
+
 def adopt_slurm() -> None:
     """Under `srun`, RANK and its friends follow from Slurm's own variables."""
     step = os.environ
@@ -287,11 +293,31 @@ def must_have_none() -> None:
     """Refuses to train on the CPU where torch does not see the GPUs, unless they are hidden on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     given = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if not hidden and given and torch.version.cuda:
+        raise Unfit(
+            f"Slurm gives this job {given} GPUs of {socket.gethostname()}, and CUDA finds none; "
+            "`nvidia-smi` there tells whether the driver works, and CUDA_VISIBLE_DEVICES=-1 trains on the CPU"
+        )
     if not hidden and (given or (torch.version.cuda is None and Path("/dev/nvidia0").exists())):
         raise ValueError(
             f"this machine has GPUs, but torch {torch.__version__} sees none; `bash tools/setup.sh gpu` "
             "installs one that does, `nvidia-smi` tells whether the driver works, "
             "and CUDA_VISIBLE_DEVICES=-1 trains on the CPU"
+        )
+
+
+def must_have_all(found: int) -> None:
+    """Refuses a node where a GPU has died, which two ranks would share another for.
+
+    Slurm, or whoever sets CUDA_VISIBLE_DEVICES, may show a rank only its own, which is all that it needs.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = len(names.split(",")) if names else int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
+    if found < min(shown, ranks):
+        raise Unfit(
+            f"CUDA finds {found} of the {shown} GPUs on {socket.gethostname()}, where {ranks} ranks need them; "
+            "`nvidia-smi` there tells which is gone"
         )
 
 
@@ -422,6 +448,7 @@ def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) 
         f"tensor={tensor} does not divide {world} processes"
     )  # the config door has checked
     if torch.cuda.is_available():
+        must_have_all(torch.cuda.device_count())
         # Slurm may show each task its own GPU only, as device 0.
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)

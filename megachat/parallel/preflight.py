@@ -15,18 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megachat.log import say
-from megachat.parallel.mesh import Mesh
+from megachat.parallel.mesh import Mesh, Unfit
 
 APART = 5.0
 """Seconds by which clocks may differ."""
 PATIENCE = 20.0
 """Seconds until all nodes must see a file that one has written: network file systems remember absence."""
-
-
-class Unfit(OSError):
-    """This node cannot take part."""
-
-    exit_code = 70
 
 
 @dataclass

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 MISTAKE = 2
 """The exit status of settings that do not decode."""
+STOPS = 10
+"""How many restarts in a row may be asked to stop before they have left a newer checkpoint."""
 UNFIT = 70
 """The exit status of a rank whose node has not passed the tests before training."""
 
@@ -34,6 +36,8 @@ class Facts:
     """The first rank that ended badly, its node, and how."""
     unfit: tuple[str, ...] = ()
     """Nodes that have not passed the tests before training."""
+    stops: int = 0
+    """Restarts in a row, this one among them, that were asked to stop before they left a newer checkpoint."""
     fruitless: int = 0
     """Restarts in a row, this one among them, that failed and left no newer checkpoint."""
     limit: int = 3
@@ -69,16 +73,27 @@ def ending(facts: Facts) -> Done | Requeue | GiveUp:
         return GiveUp(f"the run belongs to job {facts.taken} now")
     if facts.refused:
         return GiveUp(facts.refused)
-    if facts.code == MISTAKE:
+    if facts.code == MISTAKE and not facts.unfit:
         return GiveUp("the settings are refused; what is wrong with them is said above")
     if not facts.running:
         return GiveUp("Slurm ends this job, or has requeued it already")
-    if facts.asked:
-        return Requeue(f"asked to stop by {facts.asked}", failed=False)
+    if facts.asked or (facts.code == 0 and not facts.hung):  # Slurm can signal the ranks alone
+        why = f"asked to stop by {facts.asked}" if facts.asked else "the ranks were asked to stop"
+        if facts.stops < STOPS:
+            return Requeue(why, failed=False)
+        return GiveUp(
+            f"{why}; {facts.stops} restarts in a row were asked to stop before a newer checkpoint: "
+            "does the time limit (--time) leave enough for loading and the first step?"
+        )
     why = _why(facts)
     if facts.fruitless >= facts.limit:
-        return GiveUp(f"{why}; {facts.fruitless} restarts in a row have brought no newer checkpoint")
+        return GiveUp(f"{why}; {spent(facts.fruitless)}")
     return Requeue(why, failed=True)
+
+
+def spent(restarts: int) -> str:
+    """Why there is not another."""
+    return f"{restarts} restarts in a row have brought no newer checkpoint"
 
 
 def _why(facts: Facts) -> str:
@@ -88,6 +103,4 @@ def _why(facts: Facts) -> str:
         return f"unfit for training: {', '.join(facts.unfit)}"
     if facts.culprit:
         return facts.culprit
-    if facts.code == 0:
-        return "the ranks ended before the stage had finished"
     return f"srun ended with status {facts.code}"

@@ -64,15 +64,15 @@ class History:
         last = self.attempts[-1]
         last.ended, last.reason, last.failed = _now(), reason, failed
 
-    def fruitless(self, step: int) -> int:
+    def fruitless(self, step: int, *, failed: bool = True) -> int:
         """Restarts in a row, at the end, that failed and left no checkpoint newer than they had found.
 
         `step` is that of the newest checkpoint now. An attempt that was asked to stop neither counts nor
-        breaks the row. The first attempt of all is no restart.
+        breaks the row; without `failed` those count, and failures do not. The first of all is no restart.
         """
         count, after = 0, step
-        failures = [(index, one) for index, one in enumerate(self.attempts) if one.failed]
-        for index, one in reversed(failures):
+        alike = [(index, one) for index, one in enumerate(self.attempts) if one.failed == failed]
+        for index, one in reversed(alike):
             if after > one.step:
                 break
             after = one.step
@@ -81,8 +81,11 @@ class History:
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest complete checkpoint of a stage; -1 without one."""
-    found = (folder / "checkpoints").glob("step-*/manifest.json")
+    """The step of the newest complete checkpoint of a stage; -1 without one that can be seen."""
+    try:
+        found = [*(folder / "checkpoints").glob("step-*/manifest.json")]
+    except OSError:
+        return -1
     numbers = [path.parent.name.removeprefix("step-") for path in found]
     return max((int(number) for number in numbers if number.isdigit()), default=-1)
 

@@ -5,6 +5,7 @@ decides between done, once more, and giving up (`ending.py`). It imports nothing
 nodes has one, and it has to answer signals from its first second on.
 """
 
+import errno
 import json
 import os
 import re
@@ -15,16 +16,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from megachat.slurm import meet
-from megachat.slurm.ending import MISTAKE, UNFIT, Done, Facts, GiveUp, Requeue, ending
+from megachat.slurm.ending import MISTAKE, UNFIT, Done, Facts, GiveUp, Requeue, ending, spent
 from megachat.slurm.heartbeat import Limits, Watch, identity
 from megachat.slurm.history import History, newest_step
 
 LAST_LINES = 40
 """What is kept of the ranks' words when they fail."""
+REFUSALS = re.compile(
+    "Invalid job id|[Pp]ermission denied|disabled|already completing|pending execution|no longer pending"
+)
+"""Answers of Slurm's controller that would be the same the next time."""
+UNREADABLE = (errno.ENOENT, errno.EIO, errno.EACCES, errno.ESTALE)
+"""Exit codes of a task whose program Slurm could not start, because the node does not see the environment."""
 
 
 class Job:
@@ -41,7 +49,7 @@ class Job:
 
     def about(self) -> dict[str, str]:
         """What Slurm knows of it, as `scontrol show job` has it."""
-        status, text = patiently("scontrol", "show", "job", "--oneliner", self.number)
+        status, text = patiently("scontrol", "show", "job", "--oneliner", self.number, refusals=REFUSALS)
         pairs = (word.partition("=") for word in text.split())
         return {} if status else {name: value for name, _, value in pairs}
 
@@ -60,7 +68,7 @@ class Job:
 
     def requeue(self) -> str:
         """Back into the queue; why Slurm refuses, if it does."""
-        status, text = patiently("scontrol", "requeue", self.number)
+        status, text = patiently("scontrol", "requeue", self.number, refusals=REFUSALS)
         return text.strip() if status and self.running() else ""
 
     def avoid(self, nodes: Sequence[str]) -> str:
@@ -78,13 +86,20 @@ class Job:
         status, text = patiently("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={names}")
         return f"cannot leave out {names}: {text.strip()}" if status else f"leaves out {names} from now on"
 
-    def fewer(self, nodes: int) -> str:
+    def lost_node(self) -> bool:
+        """Whether it waits because a node of its has failed: a requeue or a preemption leaves them all."""
+        if self.about().get("JobState") not in ("PENDING", "COMPLETING", "REQUEUED"):
+            return False
+        states = patiently("sinfo", "--noheader", "-N", "-n", ",".join(self.nodes), "-o", "%t")[1].split()
+        return any(re.match(r"down|fail|unk|.*\*$", state) for state in states)
+
+    def fewer(self, nodes: int, most: int) -> str:
         """Lets it start on fewer nodes than it has had, and says so. Only for a job that waits.
 
         Slurm remembers how many tasks it had, and would wait until there are nodes for as many.
         """
         tasks = nodes * int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
-        most = max(nodes, len(self.nodes))
+        most = max(nodes, most)
         size = (f"NumNodes={nodes}-{most}", f"NumTasks={tasks}")
         status, text = patiently("scontrol", "update", f"JobId={self.number}", *size)
         return (
@@ -103,19 +118,22 @@ class Ranks:
         self.lines: deque[str] = deque(maxlen=LAST_LINES)
         self.failures: list[tuple[str, str, str]] = []
         """Nodes, ranks, and how they ended, in the order in which srun tells of them."""
+        self.unreadable = False
+        """Whether Slurm could not start the program on some node."""
         self.process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.reader = threading.Thread(target=self._pass_on, daemon=True)
         self.reader.start()
 
     def _pass_on(self) -> None:
         assert self.process.stderr is not None
-        for raw in self.process.stderr:
-            sys.stderr.buffer.write(raw)
-            sys.stderr.buffer.flush()
-            line = raw.decode(errors="replace").rstrip()
-            self.lines.append(line)
-            if found := self.FAILED.match(line):
-                self.failures.append((found[1], found[2], found[3]))
+        with self.process.stderr as said:
+            for raw in said:
+                put(raw)
+                line = raw.decode(errors="replace").rstrip()
+                self.lines.append(line)
+                self.unreadable |= "execve()" in line
+                if found := self.FAILED.match(line):
+                    self.failures.append((found[1], found[2], found[3]))
 
     def culprit(self) -> str:
         """The first rank that ended badly: the others were ended because of it."""
@@ -124,9 +142,14 @@ class Ranks:
         nodes, ranks, how = self.failures[0]
         return f"rank {ranks} on {nodes}: {how[0].lower()}{how[1:]}"
 
-    def ended_with(self, code: int) -> list[str]:
-        """Nodes on which a rank ended with an exit status, in Slurm's short form."""
-        return [nodes for nodes, _, how in self.failures if re.search(rf"exit code {code}$", how)]
+    def ended_with(self, *codes: int) -> list[str]:
+        """Nodes on which a rank ended with one of these exit statuses, in Slurm's short form."""
+        ends = tuple(f"exit code {code}" for code in codes)
+        return [nodes for nodes, _, how in self.failures if how.endswith(ends)]
+
+    def unfit(self) -> list[str]:
+        """Nodes that have not passed the tests, or do not see the program, in Slurm's short form."""
+        return self.ended_with(UNFIT, *(UNREADABLE if self.unreadable else ()))
 
     def end(self, job: Job) -> int:
         """Kills the ranks, however they do, and srun, too, if a node no longer answers it."""
@@ -150,7 +173,10 @@ def main() -> None:
     path = folder / "restarts.json"
     history = History.read(path, job.number)
     before, claimed = finished(folder), claim(folder)
-    (folder / "refused.json").unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / "refused.json").unlink()
+    limit = int(os.environ.get("MEGACHAT_RESTARTS", "3"))
+    stop_if_spent(job, stage, history, path, limit)
     history.begin(job.restart, job.nodes, newest_step(folder))
     keep(history, path)
 
@@ -166,8 +192,10 @@ def main() -> None:
     ranks.reader.join(5)
 
     now = finished(folder)
-    unfit = [node for names in ranks.ended_with(UNFIT) for node in job.expand(names)]
+    unfit = [node for names in ranks.unfit() for node in job.expand(names)]
     step = newest_step(folder)
+    if asked or (code == 0 and not hung):
+        history.attempts[-1].failed = False
     facts = Facts(
         code=MISTAKE if ranks.ended_with(MISTAKE) else code,
         done=bool(now) and (code == 0 or now != before),
@@ -178,8 +206,9 @@ def main() -> None:
         hung=hung,
         culprit=ranks.culprit(),
         unfit=tuple(unfit),
+        stops=history.fruitless(step, failed=False),
         fruitless=history.fruitless(step),
-        limit=int(os.environ.get("MEGACHAT_RESTARTS", "3")),
+        limit=limit,
     )
     what = ending(facts)
     last = history.attempts[-1]
@@ -191,11 +220,26 @@ def main() -> None:
         say(job, f"{stage} is finished")
         sys.exit(0)
     if isinstance(what, GiveUp):
-        if not job.current() and (fewest := os.environ.get("MEGACHAT_MIN_NODES")):
-            say(job, f"{stage} {job.fewer(int(fewest))}")  # a node has died, and Slurm has requeued the job
+        fewest = os.environ.get("MEGACHAT_MIN_NODES")
+        if fewest and not job.current() and job.lost_node():
+            most = max(len(one.nodes) for one in history.attempts)  # it may grow again
+            say(job, f"{stage} {job.fewer(int(fewest), most)}")
         say(job, f"{stage} ends here, {step_in_words(step)}: {what.reason}")
         sys.exit(code if 0 < code < 128 else 1)
     requeue(job, stage, what, unfit, step)
+
+
+def stop_if_spent(job: Job, stage: str, history: History, path: Path, limit: int) -> None:
+    """Ends a job whose attempts take the node of their batch script down: none of them could say so."""
+    step = newest_step(path.parent)
+    restarts = history.fruitless(step)
+    if restarts < limit or not history.attempts or history.attempts[-1].ended:
+        return
+    why = f"its last attempt ended without a word; {spent(restarts)}"
+    history.end(why, failed=True)
+    keep(history, path)
+    say(job, f"{stage} ends here, {step_in_words(step)}: {why}")
+    sys.exit(1)
 
 
 def requeue(job: Job, stage: str, what: Requeue, unfit: Sequence[str], step: int) -> NoReturn:
@@ -254,14 +298,18 @@ def stopping(history: History, asked: Sequence[str]) -> History:
 
 def srun(stage: str, overrides: Sequence[str]) -> list[str]:
     """The command that starts one rank for each task of the job."""
-    nodes, each = (
-        int(os.environ.get(name) or 0) for name in ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE")
-    )
+    names = ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
+    nodes, each, tasks = (int(os.environ.get(name) or 0) for name in names)
+    # With fewer tasks than its nodes could take it was submitted so, unless it has more nodes than it needs:
+    # those of a job on 2 to 4 nodes are counted for 2.
+    count = tasks if (nodes - 1) * each < tasks < nodes * each else nodes * each
     return [
         "srun",
+        # Else, after `sbatch --export=NONE`, ranks would know neither port nor threads nor networks.
+        "--export=ALL",
         # As many as it has got, which may be fewer than it had; of tasks Slurm would start as many as before.
         f"--nodes={nodes}",
-        *([f"--ntasks={nodes * each}"] if each else []),
+        *([f"--ntasks={count}"] if each else []),
         # Since Slurm 22.05 srun does not inherit it from sbatch.
         f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', '1')}",
         # One dead rank ends the others, which would wait for it in an all-reduce.
@@ -337,13 +385,19 @@ def keep(history: History, path: Path) -> None:
     try:
         history.write(path)
     except OSError as error:
-        print(f"{path}: {error}", file=sys.stderr)
+        put(f"{path}: {error}\n".encode())
 
 
 def say(job: Job, text: str) -> None:
     """One line in the job's log."""
     restart = f" (restart {job.restart})" if job.restart else ""
-    print(f"{time.strftime('%H:%M:%S')} job {job.number}{restart}: {text}", file=sys.stderr, flush=True)
+    put(f"{time.strftime('%H:%M:%S')} job {job.number}{restart}: {text}\n".encode())
+
+
+def put(raw: bytes) -> None:
+    """Into the job's log, if that can be written: ranks that nobody reads would come to stand still."""
+    with suppress(OSError):
+        os.write(2, raw)
 
 
 def command(*words: str) -> tuple[int, str]:
@@ -357,8 +411,8 @@ def command(*words: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def patiently(*words: str) -> tuple[int, str]:
-    """The same, again and again as long as Slurm's controller does not answer.
+def patiently(*words: str, refusals: re.Pattern[str] | None = None) -> tuple[int, str]:
+    """The same, again and again as long as Slurm's controller does not answer; or gives none of `refusals`.
 
     When Slurm ends the processes of a job that is requeued, the command may be one of them.
     """
@@ -366,7 +420,10 @@ def patiently(*words: str) -> tuple[int, str]:
         status, text = command(*words)
         if status == -signal.SIGTERM:
             continue
-        if not (status and re.search("[Uu]nable to contact|timed out", text)):
+        unanswered = (
+            not refusals.search(text) if refusals else re.search("[Uu]nable to contact|timed out", text)
+        )
+        if not (status and unanswered):
             break
         time.sleep(10)
     return status, text

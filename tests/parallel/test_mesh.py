@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megachat.parallel.mesh import TAKEN, Pulse, free_port, must_have_none
+from megachat.parallel.mesh import TAKEN, Pulse, Unfit, free_port, must_have_all, must_have_none
 from tests.spawn import on_ranks
 from tests.tiny_run import environment
 
@@ -18,6 +18,7 @@ from tests.tiny_run import environment
 def test_training_on_the_cpu_of_a_gpu_node_takes_an_explicit_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(ValueError, match=r"sees none; `bash tools/setup\.sh gpu`"):
         must_have_none()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
@@ -26,6 +27,21 @@ def test_training_on_the_cpu_of_a_gpu_node_takes_an_explicit_word(monkeypatch: p
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
     monkeypatch.setattr("torch.version.cuda", "13.0")
     must_have_none()
+
+
+def test_a_node_whose_gpus_have_died_is_unfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    with pytest.raises(Unfit, match="CUDA finds none"):
+        must_have_none()
+    must_have_all(4)
+    with pytest.raises(Unfit, match="CUDA finds 3 of the 4 GPUs"):
+        must_have_all(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # its own alone
+    must_have_all(1)
 
 
 MEET = """

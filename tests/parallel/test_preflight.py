@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megachat.parallel import preflight as module
-from megachat.parallel.mesh import Mesh, start
-from megachat.parallel.preflight import Findings, Unfit, at_odds, check_gpu, judge, preflight
+from megachat.parallel.mesh import Mesh, Unfit, start
+from megachat.parallel.preflight import Findings, at_odds, check_gpu, judge, preflight
 from tests.spawn import on_ranks
 
 

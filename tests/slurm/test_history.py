@@ -39,6 +39,12 @@ def test_restarts_that_came_to_nothing(attempts: list[tuple[int, bool]], step: i
     assert after(*attempts).fruitless(step) == count
 
 
+def test_restarts_that_were_asked_to_stop_too_early_are_counted_apart() -> None:
+    attempts = after((-1, FAILED), (-1, ASKED), (-1, FAILED), (-1, ASKED))
+    assert attempts.fruitless(-1, failed=False) == 2
+    assert attempts.fruitless(4, failed=False) == 0
+
+
 def test_an_attempt_that_never_said_how_it_ended_has_failed(tmp_path: Path) -> None:
     path = tmp_path / "restarts.json"
     for restart in range(3):

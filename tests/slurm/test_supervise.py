@@ -1,0 +1,99 @@
+"""How the ranks are started, and what their ends are taken for, without Slurm."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megachat.slurm.history import History
+from megachat.slurm.supervise import REFUSALS, Job, Ranks, patiently, srun, stop_if_spent
+
+ROOT = Path(__file__).parents[2]
+
+
+def ended(*lines: str) -> Ranks:
+    """Ranks of which srun has said this."""
+    said = "; ".join(f"echo {shlex.quote(line)} >&2" for line in lines)
+    ranks = Ranks(["bash", "-c", said])
+    ranks.process.wait()
+    ranks.reader.join()
+    return ranks
+
+
+EXIT_2 = "srun: error: node2: task 1: Exited with exit code 2"
+
+
+def test_a_node_that_does_not_see_the_program_is_unfit() -> None:
+    absent = "slurmstepd: error: execve(): /venv/bin/python: No such file or directory"
+    assert ended(absent, EXIT_2).unfit() == ["node2"]
+    assert ended("batch: no such setting", EXIT_2).unfit() == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "count"),
+    [
+        (1, "4", 4),  # sbatch --ntasks=4
+        (2, "16", 16),
+        (3, "16", 24),  # sbatch --nodes=2-4
+        (1, "16", 8),  # one of the two nodes has died
+        (2, "", 16),
+    ],
+)
+def test_srun_starts_as_many_ranks_as_were_asked_for(
+    nodes: int, tasks: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    assert f"--ntasks={count}" in srun("pretrain", [])
+    assert "--export=ALL" in srun("pretrain", [])
+
+
+def test_an_answer_that_would_be_the_same_again_is_taken_at_once() -> None:
+    said = "Invalid job id specified"
+    assert patiently(sys.executable, "-c", f"print({said!r}); exit(1)", refusals=REFUSALS) == (1, said + "\n")
+
+
+def job(restart: int) -> Job:
+    """One whose nodes nobody asks for."""
+    made = object.__new__(Job)
+    made.number, made.restart = "7", restart
+    return made
+
+
+def test_a_job_that_takes_its_node_down_each_time_ends_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.json"
+    history = History("7")
+    for restart in range(4):
+        stop_if_spent(job(restart), "pretrain", history, path, 3)
+        history.begin(restart, ["node1"], -1)
+    with pytest.raises(SystemExit):
+        stop_if_spent(job(4), "pretrain", history, path, 3)
+    assert "3 restarts in a row" in path.read_text()
+    stop_if_spent(job(5), "pretrain", history, path, 3)  # somebody has requeued it by hand
+
+
+FULL = """
+from megachat.slurm.supervise import Ranks
+ranks = Ranks(["bash", "-c", "for i in {1..9}; do echo $i >&2; done"])
+ranks.process.wait()
+ranks.reader.join()
+print(len(ranks.lines))
+"""
+
+
+def test_ranks_are_read_though_the_log_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", FULL], stdout=subprocess.PIPE, stderr=full, check=True)
+    assert done.stdout.strip() == b"9"
+
+
+def test_a_job_array_is_refused() -> None:
+    command = ["bash", "slurm/launch.sh", "pretrain"]
+    environment = os.environ | {"SLURM_ARRAY_JOB_ID": "5"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "--dependency" in done.stderr
