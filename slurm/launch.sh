@@ -1,6 +1,6 @@
 # What the scripts that train do: `exec bash slurm/launch.sh STAGE [key=value ...]` in a job, in the checkout.
 set -euo pipefail
-if [[ ${SLURM_ARRAY_JOB_ID:-} ]]; then  # they would share a number of their steps, a run and its count of restarts
+if [[ ${SLURM_ARRAY_JOB_ID:-} ]]; then  # its tasks would all write to one run
     echo "launch.sh: a stage that trains is no job array (--array): submit one job for each run=..., or for parts of" \
         "one run, one after another, the same line again with --dependency=afterany:JOB" >&2
     exit 2

@@ -316,7 +316,7 @@ def must_have_all(found: int) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 0)
     if found < min(shown, ranks):
         raise Unfit(
-            f"CUDA finds {found} of the {shown} GPUs on {socket.gethostname()}, where {ranks} ranks need them; "
+            f"CUDA finds {found} of the {shown} GPUs on {socket.gethostname()} for {ranks} ranks; "
             "`nvidia-smi` there tells which is gone"
         )
 
