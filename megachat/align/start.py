@@ -44,7 +44,7 @@ def without_dropout(model: nn.Module) -> None:
 def _load(task: Task, stage: str, run: Running) -> nn.Module:
     folder = task.input(stage)
     checkpoint.latest(folder).check_tokenizer(run.tokenizer)
-    model = checkpoint.load_model(folder).model
+    model = checkpoint.load_model(folder, mesh=run.mesh).model
     trunk = model.trunk if isinstance(model, Scalar) else model
     assert isinstance(trunk, GPT)
     if task.context > trunk.config.context:

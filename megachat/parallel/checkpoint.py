@@ -157,6 +157,17 @@ class Checkpoint:
             if found != self.manifest["files"][name]["sha256"]:
                 raise ValueError(f"{self.path / name} is damaged: its sha256 differs from the manifest's")
 
+    def verify_together(self, mesh: Mesh) -> None:
+        """`verify`, each rank its share; what one of them finds is raised on all."""
+        problem: OSError | ValueError | None = None
+        try:
+            self.verify(mesh.rank, mesh.world)
+        except (OSError, ValueError) as error:
+            problem = error
+        for found in mesh.gather(problem):
+            if found is not None:
+                raise found
+
     def reader(self, role: str) -> Read:
         """A function from a tensor's name (`weight.embed.weight`) to the tensor, or to a part of it."""
         where = self._where()
@@ -321,11 +332,21 @@ def load_weights(
 
 
 def load_model(
-    stage: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, role: str = "model"
+    stage: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    role: str = "model",
+    mesh: Mesh | None = None,
 ) -> Loaded:
-    """The newest model of a training stage's folder, in eval mode, with the tokenizer that lies beside it."""
+    """The newest model of a training stage's folder, in eval mode, with the tokenizer that lies beside it.
+
+    With a mesh all its ranks call this, and share the work of verifying.
+    """
     checkpoint = latest(stage)
-    checkpoint.verify()
+    if mesh is None:
+        checkpoint.verify()
+    else:
+        checkpoint.verify_together(mesh)
     tokenizer = Tokenizer.load(stage)
     checkpoint.check_tokenizer(tokenizer)
     return Loaded(

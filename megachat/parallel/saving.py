@@ -209,7 +209,7 @@ class Saver:
         if problem := self._on_first(lambda: self._make_room(save)):
             self._alarm(save, problem)
             return
-        if self.background:
+        if self.background and self._has_host():
             copies = self._copies()
             save.thread = threading.Thread(target=self._write, args=(save, copies), daemon=True)
             save.thread.start()
@@ -245,16 +245,31 @@ class Saver:
                 if self._owners[f"{role}/{name}"] == self.mesh.rank:
                     yield f"{role}/{name}", tensor
 
+    def _has_host(self) -> bool:
+        """Whether every rank has memory for its copies: all go the same way, for they gather together."""
+        if self._host is None:
+            sizes = {name: shape.numel() for name, shape in self._shapes.items()}
+            count = sum(size for name, size in sizes.items() if self._owners[name] == self.mesh.rank)
+            problem = ""
+            try:
+                self._host = torch.empty(count, pin_memory=self.mesh.device.type == "cuda")
+            except RuntimeError as error:
+                problem = f"rank {self.mesh.rank}: {error}"
+            if problem := next(filter(None, self.mesh.gather(problem)), ""):
+                self._host = None
+                say(
+                    f"there is no memory for a copy of what is saved ({problem}), so the training waits "
+                    "until it is written"
+                )
+        return self._host is not None
+
     def _copies(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's share, copied to where the one before it lay.
 
         To touch fresh memory takes several times as long as to copy (0.5 s into the same 1.6 GB, 1.5 to 3.6 s
         into new ones), and a GPU copies on its own into pinned memory alone.
         """
-        if self._host is None:
-            sizes = {name: shape.numel() for name, shape in self._shapes.items()}
-            count = sum(size for name, size in sizes.items() if self._owners[name] == self.mesh.rank)
-            self._host = torch.empty(count, pin_memory=self.mesh.device.type == "cuda")
+        assert self._host is not None, "save asks _has_host first"
         copies, end = [], 0
         for name, tensor in self._share():
             start, end = end, end + tensor.numel()

@@ -213,6 +213,17 @@ def test_a_start_that_has_been_superseded_sets_nothing_aside(tmp_path: Path) -> 
 
 
 @on_ranks(2)
+def test_ranks_share_the_verification_and_all_learn_what_one_has_found(tmp_path: Path) -> None:
+    mesh = start(1)
+    path = tmp_path / str(mesh.rank) / "step-00000002"  # a copy for each: nobody waits for the other
+    write(path.parent, 2)
+    flipped(path)  # the second file, which is rank 1's
+    saved = Checkpoint.open(path)
+    with pytest.raises(ValueError, match=r"1.step-00000002.tensors-00001-00000.safetensors is damaged"):
+        saved.verify_together(mesh)
+
+
+@on_ranks(2)
 def test_a_checkpoint_of_a_later_version_is_refused_by_all_ranks_and_stays(tmp_path: Path) -> None:
     mesh, folder = start(1), tmp_path / "checkpoints"
     if mesh.rank == 0:

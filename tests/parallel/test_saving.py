@@ -288,6 +288,26 @@ def test_a_start_that_froze_while_it_loaded_changes_nothing_when_it_thaws(tiny: 
 
 
 @on_ranks(2)
+def test_without_memory_for_a_copy_on_one_rank_all_save_in_the_foreground(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, background=True)
+    told: list[str] = []
+    saving.say = told.append  # type: ignore[assignment]
+    if writes.mesh.rank == 1:
+        empty = torch.empty
+
+        def fails(*arguments: Any, pin_memory: bool | None = None, **named: Any) -> Tensor:
+            if pin_memory is not None:
+                raise RuntimeError("CUDA error: out of memory")
+            return empty(*arguments, **named)
+
+        torch.empty = fails  # type: ignore[assignment]
+    writes.save({"step": 1})
+    assert writes.step == 1
+    assert writes._pending is None
+    assert "no memory for a copy of what is saved (rank 1: CUDA error: out of memory)" in told[0]
+
+
+@on_ranks(2)
 def test_all_ranks_learn_that_the_record_of_the_attempt_cannot_be_read(tiny: Path, tmp_path: Path) -> None:
     writes = saver(tiny, tmp_path)
     (tmp_path / "attempt.json").write_text("{")
