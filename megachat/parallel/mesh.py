@@ -252,6 +252,14 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """`gather` for rank 0 alone, which spares the others the memory; they get nothing."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world if self.rank == 0 else []
+        dist.gather_object(value, values if self.rank == 0 else None, dst=0)
+        return values
+
     def first(self, value: T) -> T:
         """What rank 0 gives, on every rank; what the others give is dropped."""
         if self.world == 1:

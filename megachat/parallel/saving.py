@@ -297,7 +297,7 @@ class Saver:
 
     def _commit(self, save: _Save) -> None:
         """Makes a checkpoint of what the ranks have written, if they have."""
-        parts = self.mesh.gather((save.files, save.problem))
+        parts = self.mesh.collect((save.files, save.problem))
         try:
             problem = self._on_first(lambda: self._complete(save, parts))
         finally:
