@@ -132,6 +132,8 @@ class Running:
     mesh: Mesh
     tokenizer: Tokenizer
     progress: Progress
+    fingerprint: str = ""
+    """Of the settings and inputs, as rank 0 sees them."""
     total: int = 0
     """Optimizer steps of the whole run."""
     engines: dict[str, Engine] = field(default_factory=dict)
@@ -281,10 +283,12 @@ def fit(task: Task) -> None:
         tokenizer = Tokenizer.load(task.input("tokenizer"))
         run = Running(mesh, tokenizer, Progress(), watch=watch)
         models = task.models(run)
+        # One rank's word: on another node a copy of a file may have another time.
+        run.fingerprint, made_of = mesh.first((task.fingerprint(), task.made_of()))
         about = {
             "stage": task.name,
-            "fingerprint": task.fingerprint(),
-            "made_of": task.made_of(),
+            "fingerprint": run.fingerprint,
+            "made_of": made_of,
             "tokenizer": tokenizer.sha256,
             "architecture": {role: checkpoint.architecture(model) for role, model in models.items()},
         }
@@ -301,7 +305,7 @@ def fit(task: Task) -> None:
 
         saved = checkpoint.newest(task.folder / "checkpoints", mesh, fence)
         if saved is not None:
-            _check(saved, task, run, models)
+            _check(saved, task, run, models, made_of)
         run.engines = {
             role: Engine(
                 model.to(mesh.device),
@@ -320,7 +324,7 @@ def fit(task: Task) -> None:
         run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
         run.skipped = Skipped(task.skip, task.folder / "skipped.jsonl")
         fence()  # this start may have been frozen while it loaded; from here on it writes
-        run.skipped.recall(task.fingerprint(), run.progress.step, mesh)
+        run.skipped.recall(run.fingerprint, run.progress.step, mesh)
         if mesh.rank == 0:
             record_config(task)
             tokenizer.save(task.folder / "tokenizer.model")
@@ -585,11 +589,17 @@ def _short(row: dict[str, float | int | None]) -> str:
     return ", ".join([loss, *extra, f"{row['tokens_per_second']:,.0f} tok/s", f"MFU {mfu}"])
 
 
-def _check(saved: checkpoint.Checkpoint, task: Task, run: Running, models: Mapping[str, nn.Module]) -> None:
+def _check(
+    saved: checkpoint.Checkpoint,
+    task: Task,
+    run: Running,
+    models: Mapping[str, nn.Module],
+    made_of: dict[str, Any],
+) -> None:
     """Refuses to go on from a checkpoint with what it was not made of, and says what has changed."""
     saved.check_tokenizer(run.tokenizer)
     before = saved.manifest.get("made_of")
-    changed = differences(before, task.made_of()) if before else ["it does not say what it was made of"]
+    changed = differences(before, made_of) if before else ["it does not say what it was made of"]
     listed = "".join(f"\n  {line}" for line in changed)
     try:
         for role, model in models.items():
@@ -598,7 +608,7 @@ def _check(saved: checkpoint.Checkpoint, task: Task, run: Running, models: Mappi
     except ValueError as error:
         remedy = "set the model's settings back, or give another run=... (resume=any cannot help)"
         raise ValueError(f"{error}; {remedy}; what has changed:{listed}") from None
-    if saved.manifest["fingerprint"] == task.fingerprint():
+    if saved.manifest["fingerprint"] == run.fingerprint:
         return
     if task.resume == "same":
         raise ValueError(
@@ -622,6 +632,8 @@ def restore(saved: checkpoint.Checkpoint, run: Running) -> Progress:
         saved.check_shapes(role, engine.tensors())
         counted = saved.manifest.get("optimizer_steps", {}).get(role, progress.step)
         engine.load_logical(saved.reader(role), counted)
+    if saved.manifest["fingerprint"] != run.fingerprint:
+        progress.recent = []  # other data or another rate: its losses are no measure of the next ones
     return progress
 
 

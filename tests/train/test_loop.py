@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.parallel.checkpoint import latest
 from megachat.parallel.mesh import start
 from megachat.run import perform
 from megachat.train.losses import IGNORE, cross_entropy
 from megachat.train.metrics import measured_flops, peak_flops
+from megachat.train.pretrain import Pretrain
 from tests.spawn import on_ranks
 from tests.tiny_run import make, pretrain, rows
 
@@ -171,3 +173,22 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
     assert peak is not None
     assert 1e8 < peak < 1e14
     assert measured_flops(torch.float32, 64) > 1e6
+
+
+@on_ranks(2)
+def test_a_rank_whose_copies_of_the_files_are_of_another_time_goes_along(tiny: Path, tmp_path: Path) -> None:
+    mesh = start(1)
+    own = Pretrain.fingerprint
+    Pretrain.fingerprint = lambda task: f"{own(task)}{mesh.rank}"  # type: ignore[method-assign]
+    for _ in range(2):
+        perform(pretrain(tmp_path, f"inputs={tiny}", "max_steps=2"))
+        (tmp_path / "pretrain" / "done.json").unlink(missing_ok=True)
+        mesh.barrier()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_losses_of_other_settings_are_no_measure_of_the_next(tiny: Path, tmp_path: Path) -> None:
+    trained(run=tmp_path, overrides=[f"inputs={tiny}", "max_steps=3"])
+    trained(run=tmp_path, overrides=[f"inputs={tiny}", "max_steps=5", "resume=any"])
+    saved = latest(tmp_path / "pretrain").manifest["progress"]
+    assert saved["recent"] == pytest.approx([row["loss"] for row in rows(tmp_path)[3:]])
