@@ -8,7 +8,8 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -74,6 +75,40 @@ def progress(what: str, total: int | None, unit: str = "it", initial: int = 0) -
     )
 
 
+_FAILED: set[Path] = set()
+"""What could not be written, and has been told of."""
+
+
+@contextmanager
+def _bookkeeping(path: Path) -> Iterator[None]:
+    """A full disk must not end a run, nor rank 0 alone, for a line in its books: it is said once of each."""
+    try:
+        yield
+    except OSError as why:
+        if path not in _FAILED:
+            _FAILED.add(path)
+            say(f"ALARM: {path} cannot be written ({why}); the run goes on, and what belongs there is lost")
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to a file of rows; when that fails the row is lost, and nothing of it stays."""
+    with _bookkeeping(path):
+        before = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise
+
+
+def rewrite(path: Path, kept: Iterable[Mapping[str, Any]]) -> None:
+    """Puts these rows in place of what a file of rows holds; when that fails it stays as it is."""
+    with _bookkeeping(path), replacing(path) as temporary:
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+
 class _Lines:
     """Turns the carriage returns of a progress bar into lines, for output that is not a terminal."""
 
@@ -117,9 +152,7 @@ class Recorder:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.stage.folder / name
-            with replacing(path) as temporary:
-                kept = "".join(_line(row) for row in _rows(path) if row["step"] <= step)
-                temporary.write_text(kept, encoding="utf-8")
+            rewrite(path, (row for row in rows(path) if row["step"] <= step))
 
     def _start_wandb(self) -> None:
         import wandb
@@ -160,19 +193,26 @@ class Recorder:
         """One logged step."""
         if not is_main():
             return
-        with (self.stage.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_line(row))
-        if self.wandb is not None:
-            shown = {UNITS.get(name, name): value for name, value in row.items() if value is not None}
-            self.wandb.log(shown, step=int(row["step"] or 0))
+        append(self.stage.folder / "metrics.jsonl", row)
+        shown = {UNITS.get(name, name): value for name, value in row.items() if value is not None}
+        self._tell_wandb(lambda: self.wandb.log(shown, step=int(row["step"] or 0)))
+
+    def _tell_wandb(self, act: Callable[[], object]) -> None:
+        """The figures are in `metrics.jsonl` anyway: a run does not end because W&B fails."""
+        if self.wandb is None:
+            return
+        try:
+            act()
+        except Exception as why:
+            self.wandb = None
+            say(f"ALARM: {self.stage.name}: W&B fails ({why!r}) and is told nothing more; the run goes on")
 
     def sample(self, step: int, text: str | None) -> None:
         """Something the model wrote at a step."""
         if text is None or not is_main():
             return
         say(f"{self.stage.name} at step {step}: {text!r}")
-        with (self.stage.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_line({"step": step, "text": text}))
+        append(self.stage.folder / "samples.jsonl", {"step": step, "text": text})
         self.samples.append([step, text])
 
     def checkpoint(self, path: Path) -> None:
@@ -200,8 +240,9 @@ class Recorder:
             import wandb
 
             if self.samples:
-                self.wandb.log({"samples": wandb.Table(columns=["step", "text"], data=self.samples)})
-            self.wandb.finish(exit_code=1 if failure else 0)
+                table = wandb.Table(columns=["step", "text"], data=self.samples)
+                self._tell_wandb(lambda: self.wandb.log({"samples": table}))
+            self._tell_wandb(lambda: self.wandb.finish(exit_code=1 if failure else 0))
 
 
 def _patience(known: Iterable[str]) -> dict[str, Any]:
@@ -242,7 +283,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that is only ever appended to.
 
     A killed process may leave half a line at its end, and a machine that lost its power zeros within it.

@@ -1,6 +1,8 @@
 """What is recorded: rows that survive a kill, text with any character, and where W&B records."""
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +42,28 @@ def test_a_sample_may_hold_what_looks_like_the_end_of_a_line(stage: Stage, run: 
         recorder.sample(1, odd)
     Recorder(stage, step=1)  # reads it
     assert odd.replace("\n", "\\n") in (run / "pretrain" / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_full_disk_and_a_failing_wandb_do_not_end_a_run(
+    stage: Stage, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Recorder(stage) as recorder:
+        recorder.row({"step": 1})
+        recorder.wandb = SimpleNamespace(log=full)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full)
+            patch.setattr("os.replace", full)
+            recorder.row({"step": 2})
+            recorder.rewind(0)
+            recorder.row({"step": 3})
+        recorder.row({"step": 4})
+    assert rows(run) == [{"step": 1}, {"step": 4}]
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl cannot be written") == 1
+    assert said.count("W&B fails (OSError(28") == 1
 
 
 @pytest.mark.parametrize(("said", "mode"), [("offline", "offline"), ("disabled", "disabled"), ("", "online")])

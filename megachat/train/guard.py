@@ -6,7 +6,6 @@ skipped is written to `skipped.jsonl`, and a run that is told so in advance (`sk
 weights to the last bit. When batch after batch is bad, so are the weights: back to the newest checkpoint.
 """
 
-import json
 import math
 import socket
 import statistics
@@ -22,8 +21,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from megachat.config import Config
-from megachat.files import replacing
-from megachat.log import is_main
+from megachat.log import append, is_main, rewrite, rows
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 
@@ -109,14 +107,13 @@ class Skipped:
         assert self.path is not None
         self.fingerprint, entries = fingerprint[:16], []
         if mesh.rank == 0 and self.path.is_file():
-            *complete, _ = self.path.read_text(encoding="utf-8").split("\n")  # a kill may leave half a line
-            entries = [json.loads(line) for line in complete]
             entries = [
-                one for one in entries if one["step"] <= step or one["fingerprint"] == self.fingerprint
+                one
+                for one in rows(self.path)
+                if one["step"] <= step or one["fingerprint"] == self.fingerprint
             ]
-            with replacing(self.path) as temporary:
-                temporary.write_text("".join(map(_line, entries)), encoding="utf-8")
-        for entry in mesh.gather(entries)[0]:
+            rewrite(self.path, entries)
+        for entry in mesh.first(entries):
             if entry["step"] > step:
                 self.spans.append((*entry["samples"], f"an earlier attempt found that {entry['why']}"))
 
@@ -130,12 +127,7 @@ class Skipped:
         self.found.append(Found(step, first, last, why))
         if self.path is not None and is_main():
             entry = {"step": step, "samples": [first, last], "why": why, "fingerprint": self.fingerprint}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(entry))
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+            append(self.path, entry)
 
 
 def culprits(first: Tensor, second: Tensor, mesh: Mesh) -> str:

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,18 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = final(one), final(other)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_damaged_line_in_the_book_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.jsonl"
+    Skipped(path=path).add(3, 16, 23, "loss is nan")
+    with path.open("ab") as file:
+        file.write(bytes(30) + b"\n")
+    Skipped(path=path).add(5, 32, 39, "loss is nan")
+    skipped = Skipped(path=path)
+    skipped.recall("", 0, SimpleNamespace(rank=0, first=lambda entries: entries))  # type: ignore[arg-type]
+    assert skipped.why(16, 16) == skipped.why(39, 39) == "an earlier attempt found that loss is nan"
+    assert b"\0" not in path.read_bytes()
 
 
 def book(run: Path) -> list[dict[str, Any]]:
