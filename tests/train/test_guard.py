@@ -7,7 +7,6 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megachat.parallel.checkpoint import steps
-from megachat.parallel.mesh import start
+from megachat.parallel.mesh import Mesh, start
 from megachat.run import perform
 from megachat.train.guard import Guard, Skipped, Unequal, _told, highest
 from megachat.train.loop import Batch, Losses, Running, Task
@@ -96,7 +95,7 @@ def test_a_damaged_line_in_the_book_is_dropped(tmp_path: Path) -> None:
         file.write(bytes(30) + b"\n")
     Skipped(path=path).add(5, 32, 39, "loss is nan")
     skipped = Skipped(path=path)
-    skipped.recall("", 0, SimpleNamespace(rank=0, first=lambda entries: entries))  # type: ignore[arg-type]
+    skipped.recall("", 0, Mesh(0, 1, 1, torch.device("cpu"), None, None))
     assert skipped.why(16, 16) == skipped.why(39, 39) == "an earlier attempt found that loss is nan"
     assert b"\0" not in path.read_bytes()
 
