@@ -207,15 +207,28 @@ class Engine:
             self._engine.step()
             return
         # DeepSpeed throws away a step whose gradients are not finite, with all that it has gathered for it.
-        zero = self._engine.optimizer
-        if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # its ZeRO 1 in bf16
-            gradients = list(zero.fp32_groups_gradient_flat_partition)
-        else:
-            gradients = [gradient for group in zero.averaged_gradients.values() for gradient in group]
-        for gradient in gradients:
+        for gradient in self._gradients():
             gradient.fill_(math.nan)
         self._engine.step()
         assert not math.isfinite(self._engine.get_global_grad_norm()), "DeepSpeed has taken the step"
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's share of them, summed over the data ranks, between the last backward and the step."""
+        zero = self._engine.optimizer
+        if self.parallel.zero == 0:
+            return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # its ZeRO 1 in bf16
+            return list(zero.fp32_groups_gradient_flat_partition)
+        return [gradient for group in zero.averaged_gradients.values() for gradient in group]
+
+    def finite_gradients(self) -> bool:
+        """Whether this rank's share of the gradients is finite, before the step."""
+        return all(bool(gradient.isfinite().all()) for gradient in self._gradients())
+
+    def finite_weights(self) -> bool:
+        """Whether the weights that this rank holds are finite."""
+        held = (getattr(parameter, "ds_tensor", parameter) for parameter in self.module.parameters())
+        return all(bool(weight.isfinite().all()) for weight in held)
 
     def _clip_by_hand(self) -> float:
         """The global gradient norm, counting each logical parameter once, and the clip to it."""

@@ -403,7 +403,7 @@ def fit(task: Task) -> None:
                 check()
             if _validation_due(task, run) and not stopping:
                 validate()
-            lost = run.bad and not all(map(math.isfinite, run.notes.values()))
+            lost = run.bad and last and mesh.any(_broken(run))
             if last and not stopping and (lost or run.progress.updates == stuck):
                 saver.finish()
                 raise _diverged(task, run, rate, "and so it is at the end")
@@ -517,6 +517,9 @@ def attempt_step(task: Task, run: Running, batches: list[Batch], weight: float, 
     if run.mesh.tensor > 1 and run.mesh.any(bool(why)):  # ranks of one group may differ in the last bit
         why = why or "another rank objects"
     run.watch.at("step")
+    if len(result.losses) > 1 and not why:  # none of several is to be updated when another cannot be
+        broken = [role for role in result.losses if run.mesh.any(not run.engines[role].finite_gradients())]
+        why = " and ".join(f"a gradient of {role} is not finite" for role in broken)
     stepped = False
     for role in result.losses:
         if why and not stepped:
@@ -528,7 +531,7 @@ def attempt_step(task: Task, run: Running, batches: list[Batch], weight: float, 
         if math.isfinite(norm):
             stepped = True
         else:
-            why = f"{name} is {norm}"
+            why = f"{name} is {norm}" + ("; another model was updated all the same" if stepped else "")
     return Result(sums, own, why, stepped)
 
 
@@ -569,6 +572,12 @@ class _Meter:
         self.run.notes.clear()
         self.restart()
         return row
+
+
+def _broken(run: Running) -> bool:
+    """Whether a figure of the weights, or what this rank holds of them, is not finite."""
+    figures = all(map(math.isfinite, run.notes.values()))
+    return not figures or not all(engine.finite_weights() for engine in run.engines.values())
 
 
 def _validation_due(task: Task, run: Running) -> bool:

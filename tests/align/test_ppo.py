@@ -28,7 +28,7 @@ from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
 from megachat.config import ConfigError
 from megachat.tokenizer.tokenizer import Tokenizer
-from megachat.train.loop import train_step
+from megachat.train.loop import Losses, Running, train_step
 from megachat.train.losses import IGNORE
 from tests.align import tiny
 
@@ -290,6 +290,27 @@ def test_while_the_critic_learns_alone_the_policy_stays(inputs: Path, run: Path)
         for role, engine in state.engines.items()
     }
     assert same == {"model": True, "critic": False}
+
+
+def test_a_critic_without_a_finite_gradient_holds_back_the_policy(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "critic_first=0")
+    state = tiny.running(task)
+    batches = next(task.batches(state))
+    own = PPO.loss
+
+    def poisoned(task: PPO, state: Running, batch: Sampled) -> Losses:
+        result = own(task, state, batch)
+        critic = result.losses["critic"]  # a finite loss whose gradient is not
+        return Losses(result.losses | {"critic": critic + (critic - critic.detach()).abs().sqrt()})
+
+    monkeypatch.setattr(PPO, "loss", poisoned)
+    before = [weight.detach().clone() for weight in state.engines["model"].module.parameters()]
+    assert train_step(task, state, batches, 1e-3) == {}
+    assert_close([*state.engines["model"].module.parameters()], before, rtol=0, atol=0)
+    assert state.skipped.found[0].why == "a gradient of critic is not finite"
+    assert all(engine.finite_weights() for engine in state.engines.values())
 
 
 def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):
