@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megachat.parallel import preflight as module
 from megachat.parallel.mesh import Mesh, Unfit, start
-from megachat.parallel.preflight import Findings, at_odds, check_gpu, judge, preflight
+from megachat.parallel.preflight import Findings, at_odds, check_gpu, judge, preflight, share
 from tests.spawn import on_ranks
 
 
@@ -62,6 +62,10 @@ def test_a_rank_that_sums_wrongly_ends_as_unfit_and_the_other_names_it(tmp_path:
         preflight(mesh, tmp_path, 0)
     assert isinstance(raised.value, Unfit) == (mesh.rank == 1)
     assert getattr(raised.value, "exit_code", 1) == (70 if mesh.rank == 1 else 1)
+
+
+def test_100_000_ranks_sum_without_rounding() -> None:
+    assert torch.tensor([share(rank) for rank in range(100_000)]).sum() < 2**24
 
 
 def test_one_node_of_three_without_the_folder_is_unfit(tmp_path: Path) -> None:
