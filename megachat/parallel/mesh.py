@@ -29,7 +29,11 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait for a slow rank where nobody watches (megachat/train/watch.py)."""
+FOREVER = timedelta(days=24)
+"""The longest wait that torch can be told of: in places it counts milliseconds in 32 bits."""
 
+UNFIT = 70
+"""The exit code of ranks whose node failed the checks before training (megachat/parallel/preflight.py)."""
 HUNG = 87
 """The exit code of a process that was ended because the run stood still."""
 TAKEN = 75
@@ -45,7 +49,7 @@ class PortTaken(OSError):
 class Unfit(OSError):
     """This node cannot take part: the run may go on without it."""
 
-    exit_code = 70
+    exit_code = UNFIT
 
 
 def adopt_slurm() -> None:
@@ -86,8 +90,9 @@ def free_port() -> int:
 def launch(arguments: Sequence[str], processes: int, heartbeat: Path | None = None) -> int:
     """Starts `python -m megachat <arguments>` once per rank on this machine and waits for all of them.
 
-    Signals are passed on. When one rank fails the others are stopped, and its exit code is returned. They are
-    started anew when somebody else was quicker to take their port, and killed when `heartbeat` stands still.
+    Signals are passed on. When one rank fails the others are stopped, and the exit code that says most is
+    returned; for a rank that was killed 128 + the signal, as in a shell. They are started anew when somebody
+    else was quicker to take their port, and killed when `heartbeat` stands still.
     """
     for _ in range(3):
         code = _launch_once(arguments, processes, heartbeat)
@@ -116,9 +121,25 @@ def _launch_once(arguments: Sequence[str], processes: int, heartbeat: Path | Non
             if failed == HUNG or stopped:
                 _kill(ranks, 0.0 if stopped else 15.0)  # one that is frozen would not stop when asked to
                 return HUNG
-            if failed is not None or all(code == 0 for code in codes):
-                return failed or 0
+            if failed is not None:
+                return _telling(ranks)
+            if all(code == 0 for code in codes):
+                return 0
             time.sleep(0.1)
+
+
+def _telling(ranks: Sequence[subprocess.Popen[bytes]], patience: float = 2.0) -> int:
+    """The exit code that says most of those that failed: the others often end of the first one's failure."""
+    deadline = time.monotonic() + patience
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [code for code in codes if code]
+        found = next((code for code in (HUNG, UNFIT, TAKEN) if code in failed), None)
+        if found is not None:
+            return found
+        if time.monotonic() > deadline or None not in codes:
+            return next((code for code in failed if code > 0), 128 - failed[0])
+        time.sleep(0.1)
 
 
 def _kill(children: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
@@ -474,11 +495,22 @@ def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) 
     data_group = tensor_group = None
     for t in range(tensor):
         ranks = list(range(t, world, tensor))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout or TIMEOUT)
         data_group = group if rank in ranks else data_group
     for first in range(0, world, tensor):
         ranks = list(range(first, first + tensor))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout or TIMEOUT)
         tensor_group = group if rank in ranks else tensor_group
     _current = Mesh(rank, world, tensor, device, data_group, tensor_group)
     return _current
+
+
+def be_patient(timeout: timedelta) -> None:
+    """Collectives of all groups that there are may take so long; DeepSpeed makes groups of its own.
+
+    Their own limit is the backend's (NCCL: 10 minutes), which kills a healthy save or load, and a hang before
+    anybody could say who is waited for.
+    """
+    # torch has no public call for it, nor for the list of groups; both are the same from 2.9 to 2.13.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)

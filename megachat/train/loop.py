@@ -28,7 +28,7 @@ from megachat.log import Recorder, progress, say
 from megachat.model.size import flops_per_token
 from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
-from megachat.parallel.mesh import Mesh, start
+from megachat.parallel.mesh import Mesh, be_patient, start
 from megachat.parallel.preflight import preflight
 from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
@@ -317,6 +317,7 @@ def fit(task: Task) -> None:
             )
             for role, model in models.items()
         }
+        be_patient(task.watch.timeout)
         if saved is not None:
             run.progress = restore(saved, run)
             say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")

@@ -32,11 +32,12 @@ from types import FrameType
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat
 
 from megachat.config import Config
 from megachat.log import say
-from megachat.parallel.mesh import HUNG, Mesh, meeting, place
+from megachat.parallel.mesh import FOREVER, HUNG, Mesh, meeting, place
 
 LONG = frozenset(("load", "prepare", "going back", "save", "validation", "sample", "rollout", "finish"))
 """Sections that may take long."""
@@ -50,13 +51,15 @@ OWN = frozenset(("data", "forward"))
 all ranks as slow as the slowest; then only reading data tells them apart."""
 NEGLIGIBLE = 0.005
 """Seconds by which a step may be slower without anybody being named."""
+SPEAKERS = 5
+"""So many ranks at a time ask for everybody's states: with thousands asking the store would not keep up."""
 
 
 class Watching(Config):
-    """How long a run may stand still; 0 is for ever."""
+    """How long a run may stand still; 0 is for ever: 24 days, the longest that collectives can wait."""
 
     start: NonNegativeFloat
-    """Seconds for all ranks to meet, and then for each part of set-up and of the first step."""
+    """Seconds for all ranks to meet (0: half an hour), then for each part of set-up and of the first step."""
     hang: NonNegativeFloat
     """Seconds for a part of a step: reading data, a forward or backward pass, the optimizer."""
     long: NonNegativeFloat
@@ -70,10 +73,10 @@ class Watching(Config):
         return min(filter(None, (self.start, self.hang, self.long)), default=math.inf)
 
     @property
-    def timeout(self) -> timedelta | None:
+    def timeout(self) -> timedelta:
         """What collectives may take: the watch comes first, for it can say more than they can."""
         limits = (self.start, self.hang, self.long)
-        return timedelta(seconds=max(limits) + 60) if all(limits) else None
+        return timedelta(seconds=max(limits) + 60) if all(limits) else FOREVER
 
 
 @dataclass
@@ -288,9 +291,12 @@ class Watch:
             if self._verdict:
                 self._over.wait(2 * self.tick)  # rank 0 holds the store: the others must have read it
                 self._end("", dump=False)
-            self._suspicious = mine.stood > self.patience - self.grace
+            # The first ranks see to it. Should they all be dead, the next ones do, a few after the others.
+            turn = self.rank // SPEAKERS
+            begin = max(self.patience, mine.limit) + 2 * self.grace * turn if turn else self.patience
+            self._suspicious = mine.stood > begin - self.grace
             # The lowest rank that is alive speaks: each waits a little longer than the one before.
-            if mine.stood <= self.patience + 2 * self.tick * min(self.rank, 4):
+            if mine.stood <= self.patience + 2 * self.tick * min(self.rank, SPEAKERS - 1):
                 continue
             if self._meeting is not None and unanswered > self.grace:
                 if mine.stood > mine.limit:
@@ -301,6 +307,8 @@ class Watch:
                         dump=self.rank == 1,
                     )
                 continue
+            if self._meeting is not None and not self._others:
+                continue  # it has not asked, or not heard yet; nobody is judged by silence alone
             culprits = who(self._others or [mine], mine, self.grace)
             if culprits:
                 self._pronounce(culprits)
@@ -319,48 +327,56 @@ class Watch:
     def _talk(self) -> None:
         """Publishes this rank's state, reads the verdict and, when something is wrong, everybody's state."""
         assert self._meeting is not None
+        over = False
+        while not over:
+            # A store that is slow once must not make this rank deaf and dumb, and so a suspect, for ever.
+            # When rank 0's process has gone for good, and training stands still, the judge will say so.
+            with suppress(RuntimeError):
+                self._converse(self._meeting.connect(timedelta(seconds=30)))
+            over = self._over.wait(self.tick)
+
+    def _converse(self, store: dist.Store) -> None:
+        """Until the run is over, or the store does not answer."""
         counters: dict[int, int] = {}
         silent: dict[int, float] = {}
         before = time.monotonic()
         over = False
-        try:
-            store = self._meeting.connect(timedelta(seconds=30))
-            while not over:
-                over = self._over.wait(self.tick)
-                self._mine.beat += 1
-                self._mine.ended = self._mine_ended if over else ""
-                store.set(self._keys[self.rank], json.dumps(asdict(self._mine)))
-                if not self._verdict and store.check([self._verdict_key]):
-                    self._verdict = store.get(self._verdict_key).decode()
-                now = time.monotonic()
-                passed, before = min(now - before, 2 * self.tick), now
-                if not self._suspicious:
-                    self._others, counters, silent = [], {}, {}
-                    self._rounds += 1
-                    continue
-                if not counters:  # multi_get waits for keys that nobody has set
-                    for key in self._keys:
-                        store.compare_set(key, "", "{}")
-                states = []
-                for rank, value in enumerate(store.multi_get(self._keys)):
-                    state = State(**{"rank": rank, **json.loads(value)})
-                    moved = counters.get(rank) != state.beat
-                    silent[rank] = 0.0 if moved else silent.get(rank, 0.0) + passed
-                    counters[rank], state.silent = state.beat, silent[rank]
-                    states.append(state)
-                self._others = states
+        if self.rank == 0:  # multi_get waits for keys that nobody has set
+            for key in self._keys:
+                store.compare_set(key, "", "{}")
+        while not over:
+            over = self._over.wait(self.tick)
+            self._mine.beat += 1
+            self._mine.ended = self._mine_ended if over else ""
+            store.set(self._keys[self.rank], json.dumps(asdict(self._mine)))
+            if not self._verdict and store.check([self._verdict_key]):
+                self._verdict = store.get(self._verdict_key).decode()
+            now = time.monotonic()
+            passed, before = min(now - before, 2 * self.tick), now
+            if not self._suspicious:
+                self._others, counters, silent = [], {}, {}
                 self._rounds += 1
-        except RuntimeError:
-            return  # rank 0's process has gone; if training stands still the judge will say so
+                continue
+            states = []
+            for rank, value in enumerate(store.multi_get(self._keys)):
+                state = State(**{"rank": rank, **json.loads(value)})
+                moved = counters.get(rank) != state.beat
+                silent[rank] = 0.0 if moved else silent.get(rank, 0.0) + passed
+                counters[rank], state.silent = state.beat, silent[rank]
+                states.append(state)
+            self._others = states
+            self._rounds += 1
 
     def _pronounce(self, culprits: list[State]) -> None:
         """Says whose fault it is, unless another rank has, and ends."""
         text = verdict(culprits, self._others or [self._mine])
         guilty = any(state.rank == self.rank for state in culprits)
         if self._meeting is not None:
-            store = self._meeting.connect(timedelta(seconds=5))
             signed = f"{text}; said by rank {self.rank}"  # two ranks may find the same words
-            first = store.compare_set(self._verdict_key, "", signed).decode() == signed
+            first = True
+            with suppress(RuntimeError):  # rank 0's process has just gone: said twice is better than never
+                store = self._meeting.connect(timedelta(seconds=5))
+                first = store.compare_set(self._verdict_key, "", signed).decode() == signed
             if not first:
                 self._verdict = self._verdict or "said"
             text = text if first else ""

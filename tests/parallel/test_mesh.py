@@ -6,11 +6,24 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from megachat.parallel.mesh import TAKEN, Pulse, Unfit, free_port, must_have_all, must_have_none
+from megachat.parallel import mesh as module
+from megachat.parallel.mesh import (
+    HUNG,
+    TAKEN,
+    UNFIT,
+    Pulse,
+    Unfit,
+    free_port,
+    launch,
+    must_have_all,
+    must_have_none,
+)
 from tests.spawn import on_ranks
 from tests.tiny_run import environment
 
@@ -103,6 +116,52 @@ def test_every_rank_gives_a_number() -> None:
     assert mesh.each(mesh.rank + 0.5) == [0.5, 1.5]
     assert place(mesh.rank).endswith(f"pid {os.getpid()}")
     mesh.barrier()  # rank 0 holds the store that the other one asks
+
+
+@on_ranks(2)
+def test_all_groups_wait_as_long_as_they_are_told() -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megachat.parallel.mesh import be_patient, start
+
+    mesh = start(1, timeout=timedelta(seconds=700))
+    own = dist.new_group([0, 1])  # as DeepSpeed makes them
+
+    def limits() -> list[float]:
+        groups = (dist.group.WORLD, mesh.data_group, own)
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+    assert limits()[:2] == [700.0, 700.0]
+    be_patient(timedelta(seconds=1))
+    begun = time.monotonic()
+    if mesh.rank == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.barrier(own)
+        assert time.monotonic() - begun < 100
+    else:
+        time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("endings", "code"),
+    [
+        (["sys.exit(1)", "sys.exit(70)"], UNFIT),
+        (["sys.exit(70)", "sys.exit(87)"], HUNG),
+        (["os.kill(os.getpid(), 9)", "sys.exit(3)"], 3),
+        (["os.kill(os.getpid(), 9)", "time.sleep(100)"], 128 + 9),
+        (["sys.exit(0)", "sys.exit(0)"], 0),
+    ],
+)
+def test_the_launcher_returns_the_code_that_says_most(
+    endings: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    cases = "\n".join(f"if os.environ['RANK'] == '{rank}': {how}" for rank, how in enumerate(endings))
+    python.write_text(f"#!{sys.executable}\nimport os, sys, time\n{cases}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(python))
+    assert launch([], len(endings)) == code
 
 
 def test_the_launcher_sees_a_heartbeat_that_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
