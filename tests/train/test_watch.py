@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megachat.parallel.mesh import HUNG
-from megachat.train.watch import State, ranks, slowest, verdict, who
+from megachat.parallel.mesh import HUNG, Mesh
+from megachat.train import watch as module
+from megachat.train.watch import State, Watch, Watching, ranks, slowest, verdict, who
 from tests.fault_table import record
 from tests.tiny_run import TINY, environment, make, rows
 
@@ -124,6 +128,33 @@ def test_the_verdict_names_who_waits_where() -> None:
 def test_the_slowest_is_compared_with_the_median_of_the_others() -> None:
     assert slowest([1.0, 2.0, 9.0]) == (2, 9.0, 1.5)
     assert slowest([3.0, 1.0]) == (0, 3.0, 1.0)
+
+
+class SlowOnce:
+    """A store that does not answer the first time."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store, self.asked = store, 0
+
+    def connect(self, _: timedelta) -> dist.Store:
+        self.asked += 1
+        if self.asked == 1:
+            raise dist.DistNetworkError("timed out")
+        return self.store
+
+
+def test_a_rank_outlives_a_store_that_is_slow_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = SlowOnce(dist.HashStore())
+    monkeypatch.setattr(module, "meeting", lambda: meeting)
+    limits = Watching.model_validate({"start": 0.8, "hang": 0.8, "long": 60.0, "slow": 0.0})
+    with Watch(limits, Mesh(0, 2, 1, torch.device("cpu"), None, None)) as watch:
+        keys, deadline = watch._keys, time.monotonic() + 60
+        while not meeting.store.check(keys):  # rank 0 makes them all, so that nobody waits for one
+            watch.at("forward")
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert json.loads(meeting.store.get(keys[1])) == {}
+    assert meeting.asked == 2
 
 
 @pytest.mark.slow
