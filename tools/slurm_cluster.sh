@@ -9,15 +9,16 @@
 #   tools/slurm_cluster.sh kill-slurmd 2           the node's daemon alone: its tasks live on
 #   tools/slurm_cluster.sh restart-node 2          boots it, after either
 #   tools/slurm_cluster.sh kill-controller         and start-controller
-#   tools/slurm_cluster.sh down                    leaves nothing behind
-# NODES=3 CPUS=4 BOX=/tmp/megachat-slurm choose its size (CPUs are only claimed) and its folder, one for each cluster.
+#   tools/slurm_cluster.sh down                    leaves nothing behind but the packages
+# NODES=3 CPUS=4 BOX=/var/lib/megachat-slurm choose its size (CPUs are only claimed) and its folder, one for each cluster.
 #
 # The cluster lives in a PID namespace, each node in one inside it: when the first process of a namespace dies, the
 # kernel kills the others. The daemons listen on 127.0.0.1 alone: Slurm listens where the host's name points, so the
 # host is called `localhost` in there; its nodes are called 127.0.0.1, 127.0.0.2 ...: names that resolve anywhere.
 set -euo pipefail
 self=$(readlink -f "$0")
-BOX=${BOX:-/tmp/megachat-slurm} NODES=${NODES:-2} CPUS=${CPUS:-4}
+# Where root alone can make a folder: not in /tmp. Nor in /run, from which systemd lets nobody execute a batch script.
+BOX=${BOX:-/var/lib/megachat-slurm} NODES=${NODES:-2} CPUS=${CPUS:-4}
 PATH=$PATH:/usr/sbin
 export BOX NODES CPUS SLURM_CONF=$BOX/slurm.conf
 packages=(slurmctld slurmd slurm-client munge)
@@ -25,7 +26,7 @@ packages=(slurmctld slurmd slurm-client munge)
 fail() { echo "slurm_cluster.sh: $*" >&2; exit 1; }
 # The process outside, and the first process inside, of the namespace that a file of $BOX names.
 first() { local child; read -r child < "/proc/$1/task/$1/children"; echo "$child"; }
-inside() { nsenter --target "$(first "$(<"$BOX/box.pid")")" --uts --pid --mount "$@"; }
+inside() { nsenter --target "$(first "$(box_pid)")" --uts --pid --mount "$@"; }
 # A node's process numbers are those of the box.
 in_node() {
     local node=$1
@@ -33,26 +34,61 @@ in_node() {
     inside sh -c 'read -r first < /proc/$0/task/$0/children; exec nsenter --target "$first" --pid --mount "$@"' \
         "$(<"$BOX/node-$node.pid")" "$@"
 }
-up() { [[ -f $BOX/box.pid && -d /proc/$(<"$BOX/box.pid") ]]; }
+# Root works on nothing that another user could have put there, nor on a folder that is no cluster's.
+ours() { [[ -d $BOX && ! -L $BOX && $(stat -c %u "$BOX") == 0 ]] && grep -qsx ClusterName=box "$SLURM_CONF"; }
+# When a process began: its number may be a stranger's by now.
+born() {
+    local stat
+    { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return
+    read -ra stat <<< "${stat##*) }"
+    echo "${stat[19]}"
+}
+remember() { echo "$1 $(born "$1")" > "$BOX/box.pid"; }
+up() {
+    local pid start
+    ours && [[ -f $BOX/box.pid ]] && read -r pid start < "$BOX/box.pid" && [[ $start && $(born "$pid") == "$start" ]]
+}
+box_pid() { local pid _; read -r pid _ < "$BOX/box.pid"; echo "$pid"; }
 must_be_up() { up || fail "no cluster in $BOX; \`$0 up\` starts one"; }
 
 check() {                               # why there can be none here, if so
     [[ $EUID == 0 ]] || fail "it needs root: its daemons get PID namespaces of their own"
+    local found daemon package new=()
+    for found in /etc/slurm*/slurm.conf /run/slurm/conf/slurm.conf; do
+        [[ ! -e $found ]] || fail "this machine belongs to a cluster, by $found"
+    done
+    for daemon in slurmd slurmctld; do
+        ! runs "$daemon" || fail "this machine belongs to a cluster: $daemon runs"
+    done
     if ! type slurmctld slurmd sbatch munged >/dev/null 2>&1; then
         type apt-get >/dev/null 2>&1 || fail "Slurm is not installed, and there is no apt-get to install ${packages[*]} with"
+        ! runs munged || fail "Slurm is not installed, and munged runs: installing it might end that"
+        for package in "${packages[@]}"; do
+            [[ $(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) == *" installed" ]] || new+=("$package")
+        done
         export DEBIAN_FRONTEND=noninteractive
         apt-get -qq update >/dev/null 2>&1 || true
         apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null ||
             fail "Slurm is not installed, and apt-get could not install ${packages[*]}"
-        # Debian starts them where there is systemd; ours are others.
-        systemctl disable --now slurmctld slurmd munge >/dev/null 2>&1 || true
+        # Debian starts what it installs; ours are others. What was there before is not ours to stop.
+        for package in "${new[@]}"; do
+            systemctl disable --now "$package" >/dev/null 2>&1 || service "$package" stop >/dev/null 2>&1 || true
+        done
     fi
     unshare --uts --pid --mount-proc --fork --kill-child true || fail "this root may not make namespaces"
 }
+# Whether a daemon runs outside of all boxes.
+runs() { pgrep --ns $$ --nslist pid -x "$1" >/dev/null 2>&1; }
 
 configure() {
-    mkdir -p "$BOX" "$BOX/state"
-    chmod 755 "$BOX"
+    if [[ -e $BOX || -L $BOX ]]; then
+        [[ -d $BOX && ! -L $BOX && $(stat -c %u "$BOX") == 0 ]] || fail "$BOX is not a folder of root's"
+        ours || [[ -z $(ls -A "$BOX") ]] || fail "$BOX holds something else than a cluster"
+        chmod 755 "$BOX"
+    else
+        mkdir -m 755 "$BOX"
+    fi
+    mkdir -p "$BOX/state"
     (umask 077; head -c 128 /dev/urandom > "$BOX/munge.key")
     local nodes ports port
     nodes=$(seq -s, -f '127.0.0.%g' "$NODES")
@@ -129,7 +165,7 @@ node() {
 }
 serve() {                               # in the foreground: dies with its parent
     configure
-    echo $$ > "$BOX/box.pid"            # exec keeps the number
+    remember $$                         # exec keeps the number
     exec setpriv --pdeathsig KILL unshare --uts --pid --mount-proc --fork --kill-child "$self" box \
         </dev/null >>"$BOX/box.log" 2>&1
 }
@@ -153,7 +189,7 @@ up)
     check
     configure
     setsid unshare --uts --pid --mount-proc --fork --kill-child "$self" box </dev/null >>"$BOX/box.log" 2>&1 &
-    echo $! > "$BOX/box.pid"
+    remember $!
     wait_until_idle
     sinfo -N >&2
     echo "export SLURM_CONF=$SLURM_CONF" ;;
@@ -177,9 +213,11 @@ kill-controller) must_be_up; inside kill -KILL "$(<"$BOX/slurmctld.pid")" ;;
 start-controller) must_be_up; inside setsid --fork "$self" controller </dev/null >>"$BOX/box.log" 2>&1 ;;
 controller) controller ;;
 down)
+    [[ -e $BOX || -L $BOX ]] || exit 0
+    ours || fail "$BOX is not a cluster's folder; nothing was removed"
     if up; then
-        kill -KILL "$(<"$BOX/box.pid")"
-        while [[ -d /proc/$(<"$BOX/box.pid") ]]; do sleep 0.05; done
+        kill -KILL "$(box_pid)"
+        while up; do sleep 0.05; done
     fi
     rm -rf "$BOX" ;;
 *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$self"; [[ $command == help ]] ;;
