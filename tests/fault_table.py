@@ -10,6 +10,8 @@ that `@on_ranks` started is another process.
 import re
 from dataclasses import dataclass
 
+LIMIT = 120.0
+"""Seconds within which a run has recovered from any single fault, on a busy machine, too."""
 TITLES = ("fault", "runs", "survived", "steps lost", "seconds to recover")
 
 
@@ -28,13 +30,21 @@ class Row:
 _rows: dict[str, Row] = {}
 
 
-def record(fault: str, *, survived: bool, lost: int | None = None, seconds: float | None = None) -> None:
+def record(
+    fault: str,
+    *,
+    survived: bool,
+    lost: int | None = None,
+    seconds: float | None = None,
+    limit: float = LIMIT,
+) -> None:
     """One injected fault; None where there is nothing to count (a refusal loses no step)."""
     row = _rows.setdefault(fault, Row())
     row.runs += 1
     row.survived += survived
     row.lost = max((count for count in (row.lost, lost) if count is not None), default=None)
     row.seconds = max((time for time in (row.seconds, seconds) if time is not None), default=None)
+    assert seconds is None or seconds <= limit, f"{fault}: recovered after {seconds:.0f} s"
 
 
 def lines() -> list[str]:

@@ -23,6 +23,11 @@ def test_records_of_one_fault_are_one_row_with_the_worst_of_them_in_the_order_of
     ]
 
 
+def test_a_recovery_that_takes_minutes_is_a_failure() -> None:
+    with pytest.raises(AssertionError, match="1 one rank killed: recovered after 290 s"):
+        fault_table.record("1 one rank killed", survived=True, seconds=290.0)
+
+
 def test_pytest_prints_it_only_when_there_is_something_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     from tests.conftest import pytest_terminal_summary
 

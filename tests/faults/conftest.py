@@ -33,9 +33,9 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight
     """`straight("batch=8", ranks=2)`: the finished job of these settings that nothing happened to."""
     done: dict[tuple[int, tuple[str, ...]], Job] = {}
 
-    def get(*settings: str, ranks: int = 2) -> Job:
+    def get(*settings: str, ranks: int = 2, patience: float = 120.0) -> Job:
         if (ranks, settings) not in done:
-            job = Job(tmp_path_factory.mktemp("straight"), shards, settings, ranks)
+            job = Job(tmp_path_factory.mktemp("straight"), shards, settings, ranks, patience)
             (attempt,) = job.go().attempts
             assert attempt.codes == [0] * ranks, attempt.said
             done[ranks, settings] = job

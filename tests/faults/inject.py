@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+JOURNAL = "MEGACHAT_FAULTS_JOURNAL"
+"""The environment variable with the folder in which a faulty rank may leave what it likes."""
 CHECKPOINT = re.compile(r"checkpoints/step-(\d+)(\.[\w.]*tmp)?(?:/|$)")
 
 
@@ -64,7 +66,7 @@ def throw(_: Fault) -> None:
 
 def read_fifo(_: Fault) -> None:
     """A file system that does not answer: opening a pipe that nobody writes to."""
-    path = f"/tmp/megachat-fifo-{os.getpid()}"
+    path = f"{os.environ.get(JOURNAL, '/tmp')}/fifo-{os.getpid()}"
     os.mkfifo(path)
     try:
         open(path).close()
@@ -131,6 +133,7 @@ class Injector:
         self.attempt, self.step, self.deleting = attempt, 0, 0
         self.journal = None
         if journal is not None:
+            os.environ[JOURNAL] = str(journal)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             self.journal = os.open(journal / f"rank{self.rank}.jsonl", flags, 0o644)
         self.clock = time.time

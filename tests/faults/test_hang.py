@@ -13,7 +13,7 @@ from tests.faults.ranks import weights
 pytestmark = pytest.mark.faults
 
 SETTINGS = ("checkpoint_interval=2", "checkpoint_background=false", "tokens=4096", "prefetch=0")  # 16 steps
-LIMITS = ("watch.hang=4", "watch.start=60", "watch.long=6")
+LIMITS = ("watch.hang=8", "watch.start=60", "watch.long=16")
 
 HANGS = [
     ("2 a rank is frozen", "forward", "freeze", 1),

@@ -3,6 +3,7 @@
 MEGACHAT_SOAK_SECONDS and MEGACHAT_SOAK_SEED make it longer, and another one.
 """
 
+import math
 import os
 import random
 import signal
@@ -32,7 +33,7 @@ SETTINGS = (
     "log.interval=10",
     "validation_windows=1",
 )
-LIMITS = ("watch.hang=4", "watch.start=60", "watch.long=10")
+LIMITS = ("watch.hang=8", "watch.start=60", "watch.long=16")
 PACE = Fault("data", "sleep", step=1, value=0.1, until=10**9)
 
 MOMENTS = ["data", "forward", "backward", "step", "stepped"]
@@ -105,12 +106,14 @@ def test_fault_after_fault_ends_with_the_weights_of_an_undisturbed_run(
     seconds = time.monotonic() - begun
     step = int(checkpoints(job)[-1].name.removeprefix("step-"))
     costs = job.story.costs()
-    reference = straight(*SETTINGS, f"tokens={step * 256}")
+    reference = straight(*SETTINGS, f"tokens={step * 256}", patience=120.0 + step)
     same = weights(job.run) == weights(reference.run)
     read, expected = job.story.samples(), reference.story.samples()
     share = goodput(job.story, seconds)
     for lost, back in costs:
-        record(f"23 soak of {SECONDS:.0f} s, goodput {share:.0%}", survived=same, lost=lost, seconds=back)
+        # No limit: several attempts in a row may end before they come to a new step.
+        name = f"23 soak of {SECONDS:.0f} s, goodput {share:.0%}"
+        record(name, survived=same, lost=lost, seconds=back, limit=math.inf)
     assert last.codes == [0, 0], last.said
     assert same, wrong
     assert {at: samples for at, samples in read.items() if at <= step} == expected  # later ones were lost
