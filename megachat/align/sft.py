@@ -19,12 +19,12 @@ from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
 from megachat.data.conversations import Conversations, Encoded, Message, opening, share
 from megachat.data.loader import places
-from megachat.data.shards import damaged, read_split
+from megachat.data.shards import read_split
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
-from megachat.train.loop import Batch, Losses, Running, Task, measured, micro_batches
+from megachat.train.loop import Batch, Losses, Running, Task, check_shards, measured, micro_batches
 from megachat.train.losses import IGNORE
 
 
@@ -107,9 +107,7 @@ class SFT(Task):
         """Those to train on and those to measure: rendered here, or mapped from shards."""
         if isinstance(self.conversations, Encoded):
             folder, sha256 = self.input("encode_chat"), run.tokenizer.sha256
-            found = run.mesh.gather(damaged(folder, run.mesh.rank, run.mesh.world))
-            if any(found):
-                raise ValueError(next(filter(None, found)))
+            check_shards(folder, run.mesh)
             chats = [
                 Chats(shard)
                 for split in ("train", "validation")

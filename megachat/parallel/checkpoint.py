@@ -227,7 +227,7 @@ def newest(folder: Path, mesh: Mesh, fence: Callable[[], None] = lambda: None) -
     """
     fence()
     mesh.lead(lambda: _return_replaced(folder))
-    for name in reversed(mesh.first([path.name for path in steps(folder)])):
+    for name in reversed(mesh.lead(lambda: [path.name for path in steps(folder)])):
         checkpoint, problem = _verified(folder / name, mesh)
         if checkpoint:
             return checkpoint
@@ -239,7 +239,7 @@ def newest(folder: Path, mesh: Mesh, fence: Callable[[], None] = lambda: None) -
             aside.parent.mkdir(exist_ok=True)
             (folder / name).rename(aside)
         say(f"ALARM: a damaged checkpoint is passed over, and now in {aside.parent}: {problem}")
-    if told := mesh.first(_evidence(folder)):
+    if told := mesh.lead(lambda: _evidence(folder)):
         raise ValueError(
             f"{told}, but {folder} holds no checkpoint that is whole; put one back, "
             f"or delete {folder.parent} to start over"

@@ -12,7 +12,7 @@ Files are mapped and read one parameter at a time. Nothing in them is ever run: 
 
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -195,20 +195,26 @@ def _own(folder: Path, moments: bool) -> Source:
         if len(found) > 1:
             raise ValueError(f"{folder}: its parts are of steps {sorted(found)}; it was not saved whole")
     kinds = {kind for parts in ranks for part in parts.values() for kind in part.pieces if kind != WEIGHT}
-    if moments and not kinds:
-        raise ValueError(
-            f"{folder} holds no moments of an optimizer; moments=false imports the weights alone"
-        )
+    named = _imported(folder, kinds, moments)
     (step,) = steps
     return Source(
         folder,
         step,
         counted.pop() if counted else step,
-        tuple(sorted(kinds)) if moments else (),
+        named,
         {name: partial(_tensors, [parts[name] for parts in ranks]) for name in ranks[0]},
         frozenset(name for name, part in ranks[0].items() if len(part.pieces) == 1),
         _shared(state),
     )
+
+
+def _imported(folder: Path, kinds: Collection[str], wanted: bool) -> tuple[str, ...]:
+    """The kinds of moments to import, of those that there are."""
+    if wanted and not kinds:
+        raise ValueError(
+            f"{folder} holds no moments of an optimizer; moments=false imports the weights alone"
+        )
+    return tuple(sorted(kinds)) if wanted else ()
 
 
 def _tensors(ranks: Sequence[_Part], kind: str) -> list[Tensor]:
@@ -472,10 +478,7 @@ def _universal(folder: Path, moments: bool) -> Source:
     frozen = {
         name for name in names if not any((folder / "zero" / name / f"{kind}.pt").is_file() for kind in kinds)
     }
-    if moments and not kinds:
-        raise ValueError(
-            f"{folder} holds no moments of an optimizer; moments=false imports the weights alone"
-        )
+    named = _imported(folder, kinds, moments)
     models = sorted(path for path in folder.iterdir() if _MODEL.fullmatch(path.name))
     states = [load(path) for path in models[:1]]
     counted = {int(load(path)) for path in (folder / "zero").glob("*/step.pt")}
@@ -490,7 +493,7 @@ def _universal(folder: Path, moments: bool) -> Source:
         folder,
         step,
         counted.pop() if counted else step,
-        tuple(sorted(kinds)) if moments else (),
+        named,
         {name: partial(_of_folder, folder / "zero" / name) for name in names},
         frozenset(frozen),
         _shared(states[0]) if states else {},

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -223,12 +223,11 @@ class Engine:
 
     def finite_gradients(self) -> bool:
         """Whether this rank's share of the gradients is finite, before the step."""
-        return all(bool(gradient.isfinite().all()) for gradient in self._gradients())
+        return _finite(self._gradients())
 
     def finite_weights(self) -> bool:
         """Whether the weights that this rank holds are finite."""
-        held = (getattr(parameter, "ds_tensor", parameter) for parameter in self.module.parameters())
-        return all(bool(weight.isfinite().all()) for weight in held)
+        return _finite([getattr(parameter, "ds_tensor", parameter) for parameter in self.module.parameters()])
 
     def _clip_by_hand(self) -> float:
         """The global gradient norm, counting each logical parameter once, and the clip to it."""
@@ -390,6 +389,11 @@ class Engine:
             # DeepSpeed links after the first group's first step, when the other groups have no state yet.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are; a GPU is waited for once, not for each."""
+    return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 @contextlib.contextmanager

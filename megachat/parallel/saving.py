@@ -353,9 +353,8 @@ class Saver:
         """Deletes all but the last `keep`, and what is kept for good."""
         for old in steps(self.folder)[: -self.keep]:
             if old != newest and not (self.keep_every and int(old.name[5:]) % self.keep_every == 0):
-                going = old.with_name(
-                    f"{old.name}.old.tmp"
-                )  # half deleted it must not look like a damaged one
+                # Under another name: half deleted it must not look like a damaged one.
+                going = old.with_name(f"{old.name}.old.tmp")
                 old.rename(going)
                 shutil.rmtree(going)
 

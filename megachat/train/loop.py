@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from megachat.data.loader import places
+from megachat.data.shards import damaged
 from megachat.log import Recorder, progress, say
 from megachat.model.size import flops_per_token
 from megachat.parallel import attempt, checkpoint
@@ -113,6 +115,12 @@ def measured(items: Sequence[T], size: int, mesh: Mesh, collate: Callable[[Seque
     own = places(0, len(items), mesh.data_rank, mesh.data)
     most = math.ceil(len(items) / mesh.data)
     return micro_batches(items[own.start : own.stop], most, size, collate, spare=items)
+
+
+def check_shards(folder: Path, mesh: Mesh) -> None:
+    """Compares token shards with their sums, each rank a part of them; what one finds all raise."""
+    if found := next(filter(None, mesh.gather(damaged(folder, mesh.rank, mesh.world))), ""):
+        raise ValueError(found)
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,7 @@ def fit(task: Task) -> None:
         run = Running(mesh, tokenizer, Progress(), watch=watch)
         models = task.models(run)
         # One rank's word: on another node a copy of a file may have another time.
-        run.fingerprint, made_of = mesh.first((task.fingerprint(), task.made_of()))
+        run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
         about = {
             "stage": task.name,
             "fingerprint": run.fingerprint,

@@ -31,13 +31,13 @@ from megachat.data.loader import (
 )
 from megachat.data.mixture import Mixture
 from megachat.data.packing import PackedRows, Packing, losses, pack
-from megachat.data.shards import Shards, damaged, read_split
+from megachat.data.shards import Shards, read_split
 from megachat.evals.bits import spread, token_bits
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
-from megachat.train.loop import Batch, Losses, Running, Task, micro_batches, parts
+from megachat.train.loop import Batch, Losses, Running, Task, check_shards, micro_batches, parts
 from megachat.train.losses import cross_entropy
 
 
@@ -118,9 +118,7 @@ class Pretrain(Task):
             read_split(folder, split, run.tokenizer.sha256) for split in ("train", "validation")
         )
         if self.verify_shards:
-            found = run.mesh.gather(damaged(folder, run.mesh.rank, run.mesh.world))
-            if any(found):
-                raise ValueError(next(filter(None, found)))
+            check_shards(folder, run.mesh)
         shards = {name: Shards([shard]) for name, shard in train.items()}
         validation = Shards(list(held_out.values()))
         if phases:

@@ -106,6 +106,7 @@ def programs(folder: Path, model_name: str, zero: int) -> tuple[dict[str, Write]
     from torch.distributed import checkpoint as torch_checkpoint
 
     from megachat.config import compose, decode
+    from megachat.files import fsync
     from megachat.parallel import attempt, checkpoint
     from megachat.parallel.engine import Engine
     from megachat.parallel.mesh import start
@@ -152,7 +153,7 @@ def programs(folder: Path, model_name: str, zero: int) -> tuple[dict[str, Write]
         engine._engine.save_checkpoint(str(place), tag=str(step))
         for path in place.rglob("*"):
             if path.is_file():
-                synced(path)
+                fsync(path)
         took = time.perf_counter() - begun
         return Took(took, took)
 
@@ -176,15 +177,6 @@ def programs(folder: Path, model_name: str, zero: int) -> tuple[dict[str, Write]
         "torch.distributed.checkpoint, async_save": torch_async,
         "torch.distributed.checkpoint, save": torch_save,
     }, size
-
-
-def synced(path: Path) -> None:
-    """Forces a file to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # The recovery.
