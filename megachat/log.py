@@ -217,8 +217,10 @@ class Recorder:
 
     def checkpoint(self, path: Path) -> None:
         """Records the final checkpoint and its tokenizer as artifacts, by reference: nothing is uploaded."""
-        if self.wandb is None:
-            return
+        if self.wandb is not None:
+            self._tell_wandb(lambda: self._log_artifacts(path))
+
+    def _log_artifacts(self, path: Path) -> None:
         import wandb
 
         for name, kind, target in (

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from megachat.log import say
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
 from megachat.parallel.engine import Read
-from megachat.parallel.mesh import Mesh
+from megachat.parallel.mesh import Mesh, Unfit
 from megachat.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -152,10 +153,17 @@ class Checkpoint:
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Compares the sha256 of the files (of this share of them) with the manifest."""
-        for name in sorted(self.manifest["files"])[share::shares]:
-            found = patiently(partial(sha256, self.path / name))
-            if found != self.manifest["files"][name]["sha256"]:
-                raise ValueError(f"{self.path / name} is damaged: its sha256 differs from the manifest's")
+        if name := self.first_damaged(share, shares):
+            raise ValueError(f"{self.path / name} is damaged: its sha256 differs from the manifest's")
+
+    def first_damaged(self, share: int = 0, shares: int = 1) -> str:
+        """The first file (of this share of them) whose sha256 is not the manifest's, if there is one."""
+        names = sorted(self.manifest["files"])[share::shares]
+        return next((name for name in names if not self.whole(name)), "")
+
+    def whole(self, name: str) -> bool:
+        """Whether this process reads of a file what was written."""
+        return patiently(partial(sha256, self.path / name)) == self.manifest["files"][name]["sha256"]
 
     def verify_together(self, mesh: Mesh) -> None:
         """`verify`, each rank its share; what one of them finds is raised on all."""
@@ -270,18 +278,42 @@ def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str]:
     checkpoint, newer, damaged, silent = mesh.first((checkpoint, newer, damaged, silent))
     if newer:
         raise TooNew(newer)
+    wrong = ""
     try:
         if checkpoint:
-            checkpoint.verify(mesh.rank, mesh.world)
-    except ValueError as error:
-        damaged = str(error)
+            wrong = checkpoint.first_damaged(mesh.rank, mesh.world)
     except OSError as error:  # a file that rank 0 sees and this rank does not is no damage, either
         silent = f"rank {mesh.rank}: {error}"
-    found = mesh.gather((damaged, silent))
+    found = mesh.gather((wrong, silent))
     if silent := next((text for _, text in found if text), ""):
         raise OSError(errno.EIO, f"cannot be read ({silent}); nothing was changed", str(path))
-    damaged = next((text for text, _ in found if text), "")
+    if checkpoint and any(wrong for wrong, _ in found):
+        damaged = _read_again(checkpoint, [wrong for wrong, _ in found], mesh)
     return (None if damaged else checkpoint), damaged
+
+
+def _read_again(checkpoint: Checkpoint, wrong: list[str], mesh: Mesh) -> str:
+    """What is damaged, when other ranks find so, too: for each rank the one half the world away.
+
+    A host with bad memory would otherwise set aside one good checkpoint after another: it is Unfit.
+    """
+    apart = mesh.world // 2
+    name = wrong[(mesh.rank - apart) % mesh.world]
+    try:
+        mistaken = bool(name) and checkpoint.whole(name)
+    except OSError:  # no word against what the other has found
+        mistaken = False
+    found = mesh.gather((mistaken, socket.gethostname()))
+    for rank, (_, host) in enumerate(found):
+        judge = (rank + apart) % mesh.world
+        if found[judge][0]:
+            where = "read a second time" if judge == rank else f"read by rank {judge} on {found[judge][1]}"
+            problem = (
+                f"rank {rank} on {host} finds {checkpoint.path / wrong[rank]} damaged, and {where} it is "
+                f"whole; check the memory and the network card of {host}; nothing was changed"
+            )
+            raise Unfit(problem) if mesh.rank == rank else OSError(problem)
+    return f"{checkpoint.path / next(filter(None, wrong))} is damaged: its sha256 differs from the manifest's"
 
 
 def _evidence(folder: Path) -> str:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -144,6 +145,8 @@ class Running:
     """Of the settings and inputs, as rank 0 sees them."""
     total: int = 0
     """Optimizer steps of the whole run."""
+    flops: float = 0.0
+    """Floating-point operations that it takes to train on a token."""
     engines: dict[str, Engine] = field(default_factory=dict)
     """The models in training, by role. `model` is the one to talk to."""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
@@ -286,167 +289,216 @@ def fit(task: Task) -> None:
         watch.follow(task.folder)
         watch.at("load")
         begun = time.monotonic()
-        mine = attempt.claim(task.folder, mesh)
-        torch.manual_seed(task.seed)
-        tokenizer = Tokenizer.load(task.input("tokenizer"))
-        run = Running(mesh, tokenizer, Progress(), watch=watch)
-        models = task.models(run)
-        # One rank's word: on another node a copy of a file may have another time.
-        run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
-        about = {
-            "stage": task.name,
-            "fingerprint": run.fingerprint,
-            "made_of": made_of,
-            "tokenizer": tokenizer.sha256,
-            "architecture": {role: checkpoint.architecture(model) for role, model in models.items()},
-        }
-        trunk = checkpoint.trunk(models["model"])
-        check_fits(trunk.config, task.parallel.tensor)
-        if task.preflight and (mesh.world > 1 or mesh.device.type == "cuda"):
-            watch.at("preflight")
-            preflight(mesh, task.folder, _checkpoint_bytes(models))
-            watch.at("load")
-        flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
-
-        def fence() -> None:
-            mine.fence(task.folder, mesh)
-
-        saved = checkpoint.newest(task.folder / "checkpoints", mesh, fence)
-        if saved is not None:
-            _check(saved, task, run, models, made_of)
-        run.engines = {
-            role: Engine(
-                model.to(mesh.device),
-                task.optimizer.build,
-                task.optimizer.groups(model),
-                task.parallel,
-                task.clip,
-                mesh,
-            )
-            for role, model in models.items()
-        }
-        be_patient(task.watch.timeout)
-        if saved is not None:
-            run.progress = restore(saved, run)
-            say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")
-        watch.at("prepare")
-        run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
-        run.skipped = Skipped(task.skip, task.folder / "skipped.jsonl")
-        fence()  # this start may have been frozen while it loaded; from here on it writes
-        run.skipped.recall(run.fingerprint, run.progress.step, mesh)
-        if mesh.rank == 0:
-            record_config(task)
-            tokenizer.save(task.folder / "tokenizer.model")
-        peak = peak_flops(mesh.device, task.parallel.bf16)
+        run, saver = loaded(task, mesh, watch)
+        begun -= run.progress.seconds  # of earlier attempts
         recorder = stack.enter_context(Recorder(task, run.progress.step))
         bar = stack.enter_context(progress(task.name, run.total, "step", run.progress.step))
-        begun -= run.progress.seconds  # of earlier attempts
-        meter = _Meter(run, flops, peak)
-        saver = Saver(
-            task.folder / "checkpoints",
-            run.engines,
-            about,
+        Trainer(task, run, saver, recorder, bar, stop, begun).train()
+
+
+def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
+    """All that training needs, as the newest checkpoint has it, and what writes the next ones."""
+    mine = attempt.claim(task.folder, mesh)
+    fence = partial(mine.fence, task.folder, mesh)
+    torch.manual_seed(task.seed)
+    tokenizer = Tokenizer.load(task.input("tokenizer"))
+    run = Running(mesh, tokenizer, Progress(), watch=watch)
+    models = task.models(run)
+    # One rank's word: on another node a copy of a file may have another time.
+    run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
+    trunk = checkpoint.trunk(models["model"])
+    check_fits(trunk.config, task.parallel.tensor)
+    run.flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
+    if task.preflight and (mesh.world > 1 or mesh.device.type == "cuda"):
+        watch.at("preflight")
+        preflight(mesh, task.folder, _checkpoint_bytes(models))
+        watch.at("load")
+    about = {
+        "stage": task.name,
+        "fingerprint": run.fingerprint,
+        "made_of": made_of,
+        "tokenizer": tokenizer.sha256,
+        "architecture": {role: checkpoint.architecture(model) for role, model in models.items()},
+    }
+    saved = checkpoint.newest(task.folder / "checkpoints", mesh, fence)
+    if saved is not None:
+        _check(saved, task, run, models, made_of)
+    run.engines = {
+        role: Engine(
+            model.to(mesh.device),
+            task.optimizer.build,
+            task.optimizer.groups(model),
+            task.parallel,
+            task.clip,
             mesh,
-            mine,
-            interval=task.checkpoint_interval,
-            keep=task.checkpoint_keep,
-            keep_every=task.checkpoint_keep_every,
-            background=task.checkpoint_background,
-            step=None if saved is None else run.progress.step,
         )
-        compared, rollbacks = run.progress.step, 0
-        stuck = -1  # the updates of the checkpoint that the run went back to
+        for role, model in models.items()
+    }
+    be_patient(task.watch.timeout)
+    if saved is not None:
+        run.progress = restore(saved, run)
+        say(f"{task.name}: goes on from step {run.progress.step} ({saved.path})")
+    watch.at("prepare")
+    run.total = min(task.prepare(run), task.max_steps or sys.maxsize)
+    run.skipped = Skipped(task.skip, task.folder / "skipped.jsonl")
+    fence()  # this start may have been frozen while it loaded; from here on it writes
+    run.skipped.recall(run.fingerprint, run.progress.step, mesh)
+    mesh.lead(lambda: _describe(task, tokenizer))
+    saver = Saver(
+        task.folder / "checkpoints",
+        run.engines,
+        about,
+        mesh,
+        mine,
+        interval=task.checkpoint_interval,
+        keep=task.checkpoint_keep,
+        keep_every=task.checkpoint_keep_every,
+        background=task.checkpoint_background,
+        step=None if saved is None else run.progress.step,
+    )
+    return run, saver
 
-        def check() -> None:
-            nonlocal compared
-            watch.at("compare")
-            try:
-                compare(run.engines, mesh, compared)
-            except Unequal:  # on all ranks alike: what is being saved was compared
-                saver.finish()
-                raise
-            compared = run.progress.step
 
-        def save() -> None:
-            if task.guard.compare:
-                check()
-            watch.at("save")
-            saver.save(asdict(run.progress))
+def _describe(task: Task, tokenizer: Tokenizer) -> None:
+    """Into the run's folder: what it was asked for, and what its tokens mean."""
+    record_config(task)
+    tokenizer.save(task.folder / "tokenizer.model")
 
-        def validate() -> None:
-            watch.at("validation")
-            run.notes |= {f"validation/{name}": value for name, value in task.measure(run).items()}
-            watch.at("sample")
-            recorder.sample(run.progress.step, task.show(run))
-            run.progress.validated = run.progress.step
 
-        stopping = mesh.any(stop.requested)  # while models and data were prepared
+class Trainer:
+    """The loop over steps, and what is done between two of them. All ranks do the same."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: Running,
+        saver: Saver,
+        recorder: Recorder,
+        bar: Any,
+        stop: "_StopFlag",
+        begun: float,
+    ) -> None:
+        """`begun` is when it would have begun, had no earlier attempt been cut off."""
+        self.task, self.run, self.saver, self.recorder, self.bar = task, run, saver, recorder, bar
+        self.stop, self.begun = stop, begun
+        self.meter = _Meter(run, peak_flops(run.mesh.device, task.parallel.bf16))
+        self.compared = run.progress.step
+        """Up to where replicas are known to be the same."""
+        self.rollbacks = 0
+        """How often the run has gone back since its last checkpoint."""
+        self.stuck = -1
+        """The updates of the checkpoint that the run went back to."""
+
+    def train(self) -> None:
+        """To the end, or until asked to stop."""
+        task, run, saver = self.task, self.run, self.saver
+        stopping = run.mesh.any(self.stop.requested)  # while models and data were prepared
         if _validation_due(task, run) and not stopping:  # an earlier attempt was asked to stop before it
-            validate()
-            recorder.row({"step": run.progress.step, **run.notes})
+            self.validate()
+            self.recorder.row({"step": run.progress.step, **run.notes})
             run.notes.clear()
         steps = task.batches(run)
         while run.progress.step < run.total and not stopping:
-            watch.at("data", run.progress.step + 1)
+            run.watch.at("data", run.progress.step + 1)
             _reseed(task.seed, run)
             batches = next(steps)
             rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
             sums = train_step(task, run, batches, rate)
             run.progress.step += 1
-            watch.stepped(run.progress.step)
+            run.watch.stepped(run.progress.step)
             if run.bad >= task.guard.rollback_after:
-                rollbacks += 1
-                _roll_back(task, run, saver, rollbacks, rate)
-                steps, stuck = task.batches(run), run.progress.updates
-                saver.step = saver.tried = compared = bar.n = run.progress.step
-                recorder.rewind(run.progress.step)
-                meter.restart()
+                self.go_back(rate)
+                steps = task.batches(run)
                 continue
-            meter.add(sums, rate)
-            bar.update()
-            watch.at("poll")
+            self.meter.add(sums, rate)
+            self.bar.update()
+            run.watch.at("poll")
             saver.poll()
-            stopping = task.may_stop(run) and mesh.any(stop.requested)
-            last = run.progress.step == run.total
-            if task.guard.compare and run.progress.step % task.guard.compare == 0:
-                check()
-            if _validation_due(task, run) and not stopping:
-                validate()
-            lost = run.bad and last and mesh.any(_broken(run))
-            if last and not stopping and (lost or run.progress.updates == stuck):
-                saver.finish()
-                raise _diverged(task, run, rate, "and so it is at the end")
-            watch.at("log")
-            run.progress.seconds = time.monotonic() - begun
-            if last or run.notes or run.progress.step % task.log.interval == 0:
-                run.notes |= saver.take_figures()
-                row = meter.report(run.progress.seconds)
-                recorder.row(row)
-                bar.set_postfix_str(_short(row), refresh=False)
-            # Not after a bad batch: it may be the weights, and then the checkpoint is the way back.
-            due = bool(sums) and saver.due(run.progress.step) and task.may_stop(run) and not last
-            if due or (stopping and not run.bad):
-                save()
-                rollbacks = 0
-        watch.at("save")
+            stopping = task.may_stop(run) and run.mesh.any(self.stop.requested)
+            self.after_step(sums, rate, stopping)
+        run.watch.at("save")
         saver.finish()
         if stopping:
             saved_at = "nothing is saved yet" if saver.step is None else f"saved at step {saver.step}"
             say(f"{task.name}: asked to stop; {saved_at}, the same command goes on from there")
-            return
+        else:
+            self.finish()
+
+    def after_step(self, sums: Mapping[str, float], rate: float, stopping: bool) -> None:
+        """Compares, validates, logs and saves when it is time to."""
+        task, run, saver = self.task, self.run, self.saver
+        last = run.progress.step == run.total
+        if task.guard.compare and run.progress.step % task.guard.compare == 0:
+            self.compare()
+        if _validation_due(task, run) and not stopping:
+            self.validate()
+        lost = run.bad and last and run.mesh.any(_broken(run))
+        if last and not stopping and (lost or run.progress.updates == self.stuck):
+            saver.finish()
+            raise _diverged(task, run, rate, "and so it is at the end")
+        run.watch.at("log")
+        run.progress.seconds = time.monotonic() - self.begun
+        if last or run.notes or run.progress.step % task.log.interval == 0:
+            run.notes |= saver.take_figures()
+            row = self.meter.report(run.progress.seconds)
+            self.recorder.row(row)
+            self.bar.set_postfix_str(_short(row), refresh=False)
+        # Not after a bad batch: it may be the weights, and then the checkpoint is the way back.
+        due = bool(sums) and saver.due(run.progress.step) and task.may_stop(run) and not last
+        if due or (stopping and not run.bad):
+            self.save()
+            self.rollbacks = 0
+
+    def compare(self) -> None:
+        """Ends the run when replicas of the weights differ."""
+        self.run.watch.at("compare")
+        try:
+            compare(self.run.engines, self.run.mesh, self.compared)
+        except Unequal:  # on all ranks alike: what is being saved was compared
+            self.saver.finish()
+            raise
+        self.compared = self.run.progress.step
+
+    def save(self) -> None:
+        """Begins a checkpoint, of weights that have been compared."""
+        if self.task.guard.compare:
+            self.compare()
+        self.run.watch.at("save")
+        self.saver.save(asdict(self.run.progress))
+
+    def validate(self) -> None:
+        """Measures, and shows a sample."""
+        run = self.run
+        run.watch.at("validation")
+        run.notes |= {f"validation/{name}": value for name, value in self.task.measure(run).items()}
+        run.watch.at("sample")
+        self.recorder.sample(run.progress.step, self.task.show(run))
+        run.progress.validated = run.progress.step
+
+    def go_back(self, rate: float) -> None:
+        """To the newest checkpoint: too many batches in a row were bad."""
+        self.rollbacks += 1
+        _roll_back(self.task, self.run, self.saver, self.rollbacks, rate)
+        self.stuck, step = self.run.progress.updates, self.run.progress.step
+        self.saver.step = self.saver.tried = self.compared = self.bar.n = step
+        self.recorder.rewind(step)
+        self.meter.restart()
+
+    def finish(self) -> None:
+        """The last checkpoint, without which a stage is not done."""
+        task, run, saver = self.task, self.run, self.saver
         if saver.step != run.progress.step:
-            save()
+            self.save()
             saver.finish()
         if saver.step != run.progress.step:
             raise ValueError(
                 f"the final checkpoint of {task.name} could not be written; "
                 "free some disk space and run again"
             )
-        watch.at("finish")
-        if mesh.rank == 0:
-            recorder.checkpoint(checkpoint.latest(task.folder).path)
-            finish(task, run.progress.seconds)
-        mesh.barrier()
+        run.watch.at("finish")
+        if run.mesh.rank == 0:
+            self.recorder.checkpoint(checkpoint.latest(task.folder).path)
+        run.mesh.lead(lambda: finish(task, run.progress.seconds))
 
 
 def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> dict[str, float]:
@@ -547,8 +599,8 @@ def attempt_step(task: Task, run: Running, batches: list[Batch], weight: float, 
 class _Meter:
     """Adds up steps between two logged rows; means are over the weight, throughput over the wall clock."""
 
-    def __init__(self, run: Running, flops: float, peak: float | None) -> None:
-        self.run, self.flops, self.peak = run, flops, peak
+    def __init__(self, run: Running, peak: float | None) -> None:
+        self.run, self.peak = run, peak
         self.restart()
 
     def restart(self) -> None:
@@ -571,7 +623,7 @@ class _Meter:
             "learning_rate": self.rate,
             "tokens": self.run.progress.tokens,
             "tokens_per_second": speed,
-            "mfu": None if peak is None else speed * self.flops / peak,
+            "mfu": None if peak is None else speed * self.run.flops / peak,
             "memory_gib": memory_gib(self.run.mesh.device),
             "seconds": seconds,
             **self.run.watch.figures,

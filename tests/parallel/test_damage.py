@@ -16,7 +16,7 @@ from megachat.files import patiently, sha256, write_json
 from megachat.parallel import checkpoint
 from megachat.parallel.attempt import claim
 from megachat.parallel.checkpoint import Checkpoint, TooNew, newest, write_manifest
-from megachat.parallel.mesh import Mesh, start
+from megachat.parallel.mesh import Mesh, Unfit, start
 from megachat.parallel.saving import write_tensors
 from megachat.run import Superseded, finished
 from tests.spawn import on_ranks
@@ -221,6 +221,49 @@ def test_ranks_share_the_verification_and_all_learn_what_one_has_found(tmp_path:
     saved = Checkpoint.open(path)
     with pytest.raises(ValueError, match=r"1.step-00000002.tensors-00001-00000.safetensors is damaged"):
         saved.verify_together(mesh)
+
+
+def misread(path: Path) -> str:
+    """What a host with bad memory makes of a file."""
+    return sha256(path)[::-1]
+
+
+@on_ranks(2)
+def test_a_host_that_misreads_checkpoints_is_unfit_and_sets_none_aside(tmp_path: Path) -> None:
+    mesh, folder = start(1), tmp_path / "checkpoints"
+    if mesh.rank == 0:
+        write(folder, 1, 2)
+    else:
+        checkpoint.sha256 = misread
+    said = (
+        r"rank 1 on .* finds .*00001-00000.safetensors damaged, and read by rank 0 on .* it is whole; check"
+    )
+    with pytest.raises(OSError, match=said) as raised:
+        newest(folder, mesh)
+    assert isinstance(raised.value, Unfit) == (mesh.rank == 1)
+    assert len(checkpoint.steps(folder)) == 2
+
+
+@on_ranks(3)
+def test_what_two_ranks_find_damaged_is_set_aside_though_a_third_cannot_read_well(tmp_path: Path) -> None:
+    mesh, folder = start(1), tmp_path / "checkpoints"
+    if mesh.rank == 0:
+        write(folder, 1, 2)
+        flipped(folder / "step-00000002")  # the second file, which is rank 1's
+    elif mesh.rank == 2:  # it reads again what rank 1 has found
+        checkpoint.sha256 = misread
+    found = newest(folder, mesh)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+
+
+def test_a_process_alone_reads_a_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    sums = iter(["0" * 64])
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: next(sums, None) or sha256(path))
+    with pytest.raises(Unfit, match="damaged, and read a second time it is whole"):
+        newest(tmp_path, ALONE)
+    assert len(checkpoint.steps(tmp_path)) == 1
 
 
 @on_ranks(2)
