@@ -8,7 +8,7 @@ from pathlib import Path
 from megachat.files import write_json
 
 KEPT = 20
-"""Attempts that are remembered."""
+"""Attempts whose last lines are remembered; the attempts themselves all are, for any number of them may count."""
 
 
 @dataclass
@@ -50,7 +50,9 @@ class History:
 
     def write(self, path: Path) -> None:
         """Keeps it."""
-        write_json(path, {"job": self.job, "attempts": [asdict(one) for one in self.attempts[-KEPT:]]})
+        for one in self.attempts[:-KEPT]:
+            one.last_lines = []
+        write_json(path, {"job": self.job, "attempts": [asdict(one) for one in self.attempts]})
 
     def begin(self, restart: int, nodes: list[str], step: int) -> Attempt:
         """A new attempt."""

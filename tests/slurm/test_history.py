@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megachat.slurm.history import History, newest_step
+from megachat.slurm.history import KEPT, History, newest_step
 
 
 def after(*attempts: tuple[int, bool]) -> History:
@@ -53,6 +53,17 @@ def test_an_attempt_that_never_said_how_it_ended_has_failed(tmp_path: Path) -> N
         history.write(path)
     assert history.fruitless(-1) == 2
     assert history.attempts[0].reason == "ended without a word: its node failed, or it was killed"
+
+
+def test_every_fruitless_restart_counts_however_many_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.json"
+    for restart in range(50):
+        history = History.read(path, "7")
+        history.begin(restart, ["node1"], -1).last_lines = ["Traceback"]
+        history.end("because", failed=True)
+        history.write(path)
+    assert History.read(path, "7").fruitless(-1) == 49
+    assert path.read_text().count("Traceback") == KEPT
 
 
 def test_attempts_of_another_job_do_not_count(tmp_path: Path) -> None:
