@@ -8,7 +8,7 @@ from pathlib import Path
 from megachat.files import write_json
 
 KEPT = 20
-"""Attempts whose last lines are remembered; the attempts themselves all are, for any number of them may count."""
+"""Attempts whose last lines are remembered; of the others, all the rest: any number of them may count."""
 
 
 @dataclass
