@@ -22,6 +22,7 @@ import torch
 from megachat.config import compose
 from megachat.parallel.checkpoint import load_model
 from megachat.run import Stage, perform
+from megachat.slurm.history import Attempt, History
 from tests.fault_table import record
 from tests.slurm_box import Slurm, cluster, idle, missing
 from tests.spawn import on_ranks
@@ -162,6 +163,10 @@ class Trial:
         assert self.losses().keys() == set(range(1, STEPS + 1))
         return lost
 
+    def attempts(self) -> list[Attempt]:
+        """What its supervisors have written down."""
+        return History.read(self.run / "pretrain" / "restarts.json", self.job).attempts
+
     def losses(self) -> dict[int, float]:
         """By step."""
         return {int(row["step"]): row["loss"] for row in rows(self.run)}
@@ -258,6 +263,7 @@ def test_scontrol_requeue_costs_no_step(undisturbed: Trial, trial: Trial) -> Non
     since = trial.start(overrides=NO_OTHER_SAVE).until(4)
     trial.slurm.call("scontrol", "requeue", trial.job)
     assert trial.survived("9 scontrol requeue", since) == 0
+    assert trial.attempts()[0].reason == "asked to stop by SIGTERM"
     assert "saved at step" in trial.said()
     assert same_weights(trial, undisturbed)
 

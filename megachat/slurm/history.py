@@ -54,6 +54,11 @@ class History:
             one.last_lines = []
         write_json(path, {"job": self.job, "attempts": [asdict(one) for one in self.attempts]})
 
+    def outlived(self, path: Path) -> bool:
+        """Whether a newer start of the job has been there: one that Slurm has given up may live on."""
+        found = History.read(path, self.job).attempts
+        return bool(found) and found[-1].restart > self.attempts[-1].restart
+
     def begin(self, restart: int, nodes: list[str], step: int) -> Attempt:
         """A new attempt."""
         for one in self.attempts:

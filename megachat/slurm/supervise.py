@@ -214,7 +214,7 @@ def main() -> None:
     last = history.attempts[-1]
     last.unfit, last.last_lines = unfit, [] if isinstance(what, Done) else list(ranks.lines)
     history.end("done" if isinstance(what, Done) else what.reason, isinstance(what, Requeue) and what.failed)
-    if job.current():
+    if job.current() and not facts.taken:
         keep(history, path)
     if isinstance(what, Done):
         say(job, f"{stage} is finished")
@@ -381,9 +381,10 @@ def step_in_words(step: int) -> str:
 
 
 def keep(history: History, path: Path) -> None:
-    """Writes it down; a full disk is no reason to stop."""
+    """Writes it down, unless a newer start of the job has; a full disk is no reason to stop."""
     try:
-        history.write(path)
+        if not history.outlived(path):
+            history.write(path)
     except OSError as error:
         put(f"{path}: {error}\n".encode())
 

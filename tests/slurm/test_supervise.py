@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megachat.slurm.history import History
-from megachat.slurm.supervise import REFUSALS, Job, Ranks, patiently, srun, stop_if_spent
+from megachat.slurm.supervise import REFUSALS, Job, Ranks, keep, patiently, srun, stop_if_spent, stopping
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,19 @@ def test_a_job_that_takes_its_node_down_each_time_ends_before_the_next(tmp_path:
         stop_if_spent(job(4), "pretrain", history, path, 3)
     assert "3 restarts in a row" in path.read_text()
     stop_if_spent(job(5), "pretrain", history, path, 3)  # somebody has requeued it by hand
+
+
+def test_a_start_that_slurm_has_given_up_leaves_the_history_to_the_newer(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.json"
+    old = History("7")
+    old.begin(0, ["node1"], -1)
+    keep(stopping(old, ["SIGUSR1"]), path)
+    assert History.read(path, "7").attempts[0].reason == "asked to stop by SIGUSR1"
+    new = History.read(path, "7")
+    new.begin(1, ["node2"], -1)
+    keep(new, path)
+    keep(stopping(old, ["SIGTERM"]), path)
+    assert History.read(path, "7") == new
 
 
 FULL = """
