@@ -11,5 +11,6 @@
 #SBATCH --requeue                       # lets it go back into the queue: by Slurm, or by the supervisor in launch.sh
 #SBATCH --open-mode=append              # a requeued job goes on in the same log file instead of erasing it
 #SBATCH --output=slurm-%j.log
-cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"    # which runs a copy of it: $0 points into Slurm's spool
+cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}" ||  # which runs a copy of it: $0 points into Slurm's spool
+    { echo "it is not on $SLURMD_NODENAME: sbatch --exclude=$SLURMD_NODENAME" >&2; exit 1; }
 exec bash slurm/launch.sh "${STAGE:-sft}" "$@"

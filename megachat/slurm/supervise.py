@@ -63,8 +63,11 @@ class Job:
         return (about.get("JobState"), about.get("Restarts")) == ("RUNNING", str(self.restart))
 
     def signal_ranks(self, name: str) -> bool:
-        """Sends a signal to every rank; False while there is none. Step 0 is the first that srun starts."""
-        return command("scancel", f"--signal={name}", f"{self.number}.0")[0] == 0
+        """Sends a signal to every rank; False while there is none.
+
+        Step 0 is the first that srun starts, in every start of the job: the ranks may be those of a newer.
+        """
+        return self.current() and command("scancel", f"--signal={name}", f"{self.number}.0")[0] == 0
 
     def requeue(self) -> str:
         """Back into the queue; why Slurm refuses, if it does."""
@@ -169,14 +172,13 @@ def main() -> None:
         signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
     stage, *overrides = sys.argv[1:]
     job = Job()
-    folder = stage_folder(stage, overrides)
+    folder = stage_folder(job, stage, overrides)
     path = folder / "restarts.json"
     history = History.read(path, job.number)
     before, claimed = finished(folder), claim(folder)
     with suppress(OSError):
         (folder / "refused.json").unlink()
-    limit = int(os.environ.get("MEGACHAT_RESTARTS", "3"))
-    stop_if_spent(job, stage, history, path, limit)
+    stop_if_spent(job, stage, history, path, budget())
     history.begin(job.restart, job.nodes, newest_step(folder))
     keep(history, path)
 
@@ -185,7 +187,9 @@ def main() -> None:
         "MASTER_PORT": str(meet.port(int(job.number), job.restart)),
         "SLURM_RESTART_COUNT": str(job.restart),
     }
-    say(job, f"{stage} in {folder} on {', '.join(job.nodes)}, {step_in_words(newest_step(folder))}")
+    where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    stands = step_in_words(newest_step(folder))
+    say(job, f"{stage} in {folder} on {', '.join(job.nodes)}, {stands}; the ranks meet at {where}")
     ranks = Ranks(srun(stage, overrides))
     hung = watch_over(job, ranks, folder, asked, lambda: keep(stopping(history, asked), path))
     code = ranks.process.wait()
@@ -208,7 +212,7 @@ def main() -> None:
         unfit=tuple(unfit),
         stops=history.fruitless(step, failed=False),
         fruitless=history.fruitless(step),
-        limit=limit,
+        limit=budget(),
     )
     what = ending(facts)
     last = history.attempts[-1]
@@ -226,7 +230,7 @@ def main() -> None:
             say(job, f"{stage} {job.fewer(int(fewest), most)}")
         say(job, f"{stage} ends here, {step_in_words(step)}: {what.reason}")
         sys.exit(code if 0 < code < 128 else 1)
-    requeue(job, stage, what, unfit, step)
+    requeue(job, stage, f"{step_in_words(step)}: {what.reason}", unfit)
 
 
 def stop_if_spent(job: Job, stage: str, history: History, path: Path, limit: int) -> None:
@@ -242,13 +246,13 @@ def stop_if_spent(job: Job, stage: str, history: History, path: Path, limit: int
     sys.exit(1)
 
 
-def requeue(job: Job, stage: str, what: Requeue, unfit: Sequence[str], step: int) -> NoReturn:
+def requeue(job: Job, stage: str, why: str, unfit: Sequence[str]) -> NoReturn:
     """Back into the queue, and waits to be ended for it."""
-    say(job, f"{stage} goes back into the queue, {step_in_words(step)}: {what.reason}")
-    if why := job.requeue():
+    say(job, f"{stage} goes back into the queue, {why}")
+    if refusal := job.requeue():
         say(
             job,
-            f"Slurm does not requeue it ({why}); submit the same line again, and it goes on from there. "
+            f"Slurm does not requeue it ({refusal}); submit the same line again, and it goes on from there. "
             "A job can be requeued when it was submitted with --requeue, as the scripts in slurm/ say",
         )
         sys.exit(1)
@@ -282,6 +286,11 @@ def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_reques
             say(job, f"{hung}: its ranks are killed")
             ranks.end(job)
             return hung
+
+
+def budget() -> int:
+    """How many restarts in a row may fail and leave no newer checkpoint."""
+    return int(os.environ.get("MEGACHAT_RESTARTS", "3"))
 
 
 def seconds(name: str) -> float | None:
@@ -320,17 +329,27 @@ def srun(stage: str, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def stage_folder(stage: str, overrides: Sequence[str]) -> Path:
-    """Where the stage writes: by `run=...`, or by the settings, which are composed in a process apart."""
+def stage_folder(job: Job, stage: str, overrides: Sequence[str]) -> Path:
+    """Where the stage writes: by `run=...`, or by the settings, which are composed in a process apart.
+
+    On a node that does not see the environment that fails. Nothing is remembered before the folder is known:
+    there, every restart of the job counts as one that came to nothing.
+    """
     named = [text.removeprefix("run=") for text in overrides if text.startswith("run=")]
     if named and re.fullmatch(r"[\w./-]+", named[-1]):
         return Path(named[-1]) / stage
     done = subprocess.run(
         [sys.executable, "-c", COMPOSE, stage, *overrides], stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(done.returncode)
-    return Path(done.stdout.splitlines()[-1]) / stage
+    if done.returncode == 0:
+        return Path(done.stdout.splitlines()[-1]) / stage
+    why = f"the settings cannot be composed on {job.nodes[0]} (status {done.returncode})"
+    what = ending(Facts(code=done.returncode, culprit=why, fruitless=job.restart, limit=budget()))
+    if isinstance(what, Requeue):
+        requeue(job, stage, what.reason, job.nodes[:1])
+    assert isinstance(what, GiveUp)
+    say(job, f"{stage} ends here: {what.reason}")
+    sys.exit(done.returncode if 0 < done.returncode < 128 else 1)
 
 
 COMPOSE = """

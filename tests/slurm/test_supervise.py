@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megachat.slurm import supervise
 from megachat.slurm.history import History
 from megachat.slurm.supervise import REFUSALS, Job, Ranks, keep, patiently, srun, stop_if_spent, stopping
 
@@ -58,9 +59,9 @@ def test_an_answer_that_would_be_the_same_again_is_taken_at_once() -> None:
 
 
 def job(restart: int) -> Job:
-    """One whose nodes nobody asks for."""
+    """One on two nodes, of which Slurm is not asked."""
     made = object.__new__(Job)
-    made.number, made.restart = "7", restart
+    made.number, made.restart, made.nodes = "7", restart, ["node1", "node2"]
     return made
 
 
@@ -87,6 +88,49 @@ def test_a_start_that_slurm_has_given_up_leaves_the_history_to_the_newer(tmp_pat
     keep(new, path)
     keep(stopping(old, ["SIGTERM"]), path)
     assert History.read(path, "7") == new
+
+
+def test_ranks_of_a_newer_start_are_not_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(supervise, "command", lambda *words: (told.extend(words) or 0, ""))
+    monkeypatch.setattr(Job, "about", lambda _: {"Restarts": "1"})
+    assert not job(0).signal_ranks("KILL")
+    assert not told
+    assert job(1).signal_ranks("KILL")
+    assert told == ["scancel", "--signal=KILL", "7.0"]
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nodes that jobs have left out when they were requeued."""
+    found: list[str] = []
+    monkeypatch.setattr(Job, "requeue", lambda _: "")
+    monkeypatch.setattr(Job, "avoid", lambda _, nodes: found.extend(nodes) or "leaves them out")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("python", "restart", "left_out", "said"),
+    [
+        (sys.executable, 0, [], "ends here: the settings are refused"),
+        ("false", 0, ["node1"], "goes back into the queue, the settings cannot be composed on node1"),
+        ("false", 3, [], "ends here: the settings cannot be composed on node1 (status 1); 3 restarts"),
+    ],
+)
+def test_a_first_node_that_cannot_compose_settings_is_left_out(
+    python: str,
+    restart: int,
+    left_out: list[str],
+    said: str,
+    requeued: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(SystemExit):
+        supervise.stage_folder(job(restart), "pretrain", ["model=none_such"])
+    assert requeued == left_out
+    assert said in capfd.readouterr().err
 
 
 FULL = """
