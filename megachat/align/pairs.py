@@ -85,4 +85,4 @@ def training_batches(task: Task, run: Running, pairs: Sequence[Pair[Rendered]]) 
 
 def held_out_pairs(task: Task, run: Running) -> Iterator[Pairs]:
     """This data rank's share of the pairs that are only measured."""
-    return measured(run.data.held_out, task.micro_batch, run.mesh, lambda part: collate(part, run))
+    return measured(run.data.held_out, task.micro_batch, run, lambda part: collate(part, run))

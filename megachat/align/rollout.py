@@ -90,7 +90,7 @@ def sample(
 ) -> list[Rendered]:
     """Each prompt with an answer of the policy's that follows from its seed, as tokens and mask.
 
-    All ranks call it with all prompts and get all answers.
+    All ranks call it with all prompts and get all answers. Raises Stopped when asked to stop meanwhile.
     """
     assert sampling.top_k == 0, "the loss knows the whole distribution only"
     assert sampling.top_p == 1, "the loss knows the whole distribution only"
@@ -98,6 +98,7 @@ def sample(
     with run.engines["model"].inference() as model:
         for some in parts(shared(len(prompts), mesh), at_once):
             run.watch.at("rollout")
+            run.pause()
             answers += generate(
                 model,
                 [prompts[row] for row in some],

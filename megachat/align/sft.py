@@ -152,9 +152,7 @@ class SFT(Task):
         nats = tokens = 0.0
         with run.engines["model"].inference() as model:
             held_out = run.data.held_out
-            for batch in measured(
-                held_out, self.micro_batch, run.mesh, lambda part: self._collate(part, run)
-            ):
+            for batch in measured(held_out, self.micro_batch, run, lambda part: self._collate(part, run)):
                 logps = self._logps(model, batch)
                 if batch.samples:
                     nats -= logps.sum().item()

@@ -19,7 +19,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -295,21 +295,20 @@ def read_split(folder: Path, split: str, tokenizer: str | None = None) -> dict[s
     return found
 
 
-def damaged(folder: Path, share: int = 0, shares: int = 1) -> str:
-    """Reads the files that `encode` wrote to `folder` (this share of them) and says which is not as written.
-
-    "" where none is. A file is not divided: the largest one sets how long this takes.
-    """
+def written(folder: Path) -> dict[Path, str]:
+    """The files of token shards in a folder and their sha256, as the manifest has them."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    written = {
+    return {
         folder / f"{prefix}.{kind}": sum_
         for prefix, entry in manifest["shards"].items()
         for kind, sum_ in entry["sha256"].items()
     }
-    for path in sorted(written, key=lambda path: (-path.stat().st_size, path))[share::shares]:
-        if sha256(path) != written[path]:
-            return (
-                f"{path} is damaged: its sha256 is not what the manifest says; "
-                "copy the file again, or run the stage again that wrote it"
-            )
-    return ""
+
+
+def first_damaged(sums: Mapping[Path, str], share: int = 0, shares: int = 1) -> Path | None:
+    """The first file (of this share of them) that is not as it was written, if there is one.
+
+    A file is not divided: the largest one sets how long this takes.
+    """
+    paths = sorted(sums, key=lambda path: (-path.stat().st_size, path))[share::shares]
+    return next((path for path in paths if sha256(path) != sums[path]), None)

@@ -9,9 +9,8 @@ import errno
 import hashlib
 import json
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,12 +27,15 @@ from megachat.log import say
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
 from megachat.parallel.engine import Read
-from megachat.parallel.mesh import Mesh, Unfit
+from megachat.parallel.mesh import Mesh
+from megachat.parallel.preflight import read_again
 from megachat.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 2
 """Of the manifest. The first one listed the tensors of a file without their shapes, and had no sum."""
 MANIFEST = "manifest.json"
+LATEST = "latest.json"
+"""Beside the checkpoints: which of them is the newest that is whole."""
 SAVED = "saved.json"
 """In the stage's folder, beside `checkpoints/`: that something was saved, should all of it disappear."""
 
@@ -151,30 +153,34 @@ class Checkpoint:
             raise ValueError(f"{path / MANIFEST} is damaged: it is not JSON: {error}") from None
         return Checkpoint(path, manifest)
 
-    def verify(self, share: int = 0, shares: int = 1) -> None:
-        """Compares the sha256 of the files (of this share of them) with the manifest."""
-        if name := self.first_damaged(share, shares):
-            raise ValueError(f"{self.path / name} is damaged: its sha256 differs from the manifest's")
+    def verify(self) -> None:
+        """Compares the sha256 of all files with the manifest."""
+        if path := self.first_damaged():
+            raise ValueError(_other_sum(path))
 
-    def first_damaged(self, share: int = 0, shares: int = 1) -> str:
+    def first_damaged(self, share: int = 0, shares: int = 1) -> Path | None:
         """The first file (of this share of them) whose sha256 is not the manifest's, if there is one."""
-        names = sorted(self.manifest["files"])[share::shares]
-        return next((name for name in names if not self.whole(name)), "")
+        paths = [self.path / name for name in sorted(self.manifest["files"])[share::shares]]
+        return next((path for path in paths if not self.whole(path)), None)
 
-    def whole(self, name: str) -> bool:
+    def whole(self, path: Path) -> bool:
         """Whether this process reads of a file what was written."""
-        return patiently(partial(sha256, self.path / name)) == self.manifest["files"][name]["sha256"]
+        return bool(patiently(partial(sha256, path)) == self.manifest["files"][path.name]["sha256"])
 
     def verify_together(self, mesh: Mesh) -> None:
-        """`verify`, each rank its share; what one of them finds is raised on all."""
-        problem: OSError | ValueError | None = None
+        """`verify`, each rank its share; what one of them finds is raised on all.
+
+        An OSError says that a rank cannot read, or misreads what others can: nothing is damaged then.
+        """
+        wrong, silent = None, ""
         try:
-            self.verify(mesh.rank, mesh.world)
-        except (OSError, ValueError) as error:
-            problem = error
-        for found in mesh.gather(problem):
-            if found is not None:
-                raise found
+            wrong = self.first_damaged(mesh.rank, mesh.world)
+        except OSError as error:  # a file that rank 0 sees and this rank does not is no damage, either
+            silent = f"rank {mesh.rank}: {error}"
+        if silent := next(filter(None, mesh.gather(silent)), ""):
+            raise _unreadable(self.path, silent)
+        if path := read_again(mesh, wrong, self.whole):
+            raise ValueError(_other_sum(path))
 
     def reader(self, role: str) -> Read:
         """A function from a tensor's name (`weight.embed.weight`) to the tensor, or to a part of it."""
@@ -235,10 +241,15 @@ def newest(folder: Path, mesh: Mesh, fence: Callable[[], None] = lambda: None) -
     """
     fence()
     mesh.lead(lambda: _return_replaced(folder))
+    passed_over = False
     for name in reversed(mesh.lead(lambda: [path.name for path in steps(folder)])):
         checkpoint, problem = _verified(folder / name, mesh)
         if checkpoint:
+            if passed_over and mesh.rank == 0:
+                with suppress(OSError):  # a full disk: nobody but a person reads it
+                    write_json(folder / LATEST, {"checkpoint": name, "step": int(name[5:])})
             return checkpoint
+        passed_over = True
         fence()  # it takes long to read them all, and a newer start deletes the oldest
         aside = folder / "damaged" / name
         if mesh.rank == 0:
@@ -278,42 +289,22 @@ def _verified(path: Path, mesh: Mesh) -> tuple[Checkpoint | None, str]:
     checkpoint, newer, damaged, silent = mesh.first((checkpoint, newer, damaged, silent))
     if newer:
         raise TooNew(newer)
-    wrong = ""
+    if silent:
+        raise _unreadable(path, silent)
     try:
         if checkpoint:
-            wrong = checkpoint.first_damaged(mesh.rank, mesh.world)
-    except OSError as error:  # a file that rank 0 sees and this rank does not is no damage, either
-        silent = f"rank {mesh.rank}: {error}"
-    found = mesh.gather((wrong, silent))
-    if silent := next((text for _, text in found if text), ""):
-        raise OSError(errno.EIO, f"cannot be read ({silent}); nothing was changed", str(path))
-    if checkpoint and any(wrong for wrong, _ in found):
-        damaged = _read_again(checkpoint, [wrong for wrong, _ in found], mesh)
+            checkpoint.verify_together(mesh)
+    except ValueError as error:
+        damaged = str(error)
     return (None if damaged else checkpoint), damaged
 
 
-def _read_again(checkpoint: Checkpoint, wrong: list[str], mesh: Mesh) -> str:
-    """What is damaged, when other ranks find so, too: for each rank the one half the world away.
+def _other_sum(path: Path) -> str:
+    return f"{path} is damaged: its sha256 differs from the manifest's"
 
-    A host with bad memory would otherwise set aside one good checkpoint after another: it is Unfit.
-    """
-    apart = mesh.world // 2
-    name = wrong[(mesh.rank - apart) % mesh.world]
-    try:
-        mistaken = bool(name) and checkpoint.whole(name)
-    except OSError:  # no word against what the other has found
-        mistaken = False
-    found = mesh.gather((mistaken, socket.gethostname()))
-    for rank, (_, host) in enumerate(found):
-        judge = (rank + apart) % mesh.world
-        if found[judge][0]:
-            where = "read a second time" if judge == rank else f"read by rank {judge} on {found[judge][1]}"
-            problem = (
-                f"rank {rank} on {host} finds {checkpoint.path / wrong[rank]} damaged, and {where} it is "
-                f"whole; check the memory and the network card of {host}; nothing was changed"
-            )
-            raise Unfit(problem) if mesh.rank == rank else OSError(problem)
-    return f"{checkpoint.path / next(filter(None, wrong))} is damaged: its sha256 differs from the manifest's"
+
+def _unreadable(path: Path, why: str) -> OSError:
+    return OSError(errno.EIO, f"cannot be read ({why}); nothing was changed", str(path))
 
 
 def _evidence(folder: Path) -> str:
@@ -321,7 +312,7 @@ def _evidence(folder: Path) -> str:
     damaged = len(list(folder.glob("damaged/*")))
     if damaged:
         return f"all checkpoints are damaged ({damaged} are in {folder / 'damaged'})"
-    for path in (folder.parent / SAVED, folder / "latest.json"):
+    for path in (folder.parent / SAVED, folder / LATEST):
         if path.exists():
             return f"{path} tells of a checkpoint that was written"
     return ""

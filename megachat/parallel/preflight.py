@@ -8,6 +8,7 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,6 +153,31 @@ def check_folder(mesh: Mesh, folder: Path, found: Findings) -> None:
     mesh.barrier()
     if mesh.rank == 0:
         path.unlink(missing_ok=True)
+
+
+def read_again(mesh: Mesh, wrong: Path | None, whole: Callable[[Path], bool]) -> Path | None:
+    """The first of the files that ranks find damaged (each says which: `wrong`), and others find so, too.
+
+    All ranks call it; what one has found, the one half the world away reads again. A host with bad memory
+    would otherwise have one good checkpoint after another set aside, or end the run: it is Unfit.
+    """
+    apart = mesh.world // 2
+    found = mesh.gather((wrong, socket.gethostname()))
+    other, _ = found[(mesh.rank - apart) % mesh.world]
+    try:
+        refuted = mesh.gather(other is not None and whole(other))
+    except OSError:  # no word against what the other has found
+        refuted = mesh.gather(False)
+    for rank, (path, host) in enumerate(found):
+        judge = (rank + apart) % mesh.world
+        if refuted[judge]:
+            again = "read a second time" if judge == rank else f"read by rank {judge} on {found[judge][1]}"
+            problem = (
+                f"rank {rank} on {host} finds {path} damaged, and {again} it is whole; check the memory "
+                f"and the network card of {host}; nothing was changed"
+            )
+            raise Unfit(problem) if mesh.rank == rank else OSError(problem)
+    return next((path for path, _ in found if path), None)
 
 
 def at_odds(times: list[float], hosts: list[str]) -> dict[str, int]:

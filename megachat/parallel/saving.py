@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from megachat.files import fsync, remove, write_json
 from megachat.log import say
 from megachat.parallel.attempt import Attempt
-from megachat.parallel.checkpoint import REPLACED, SAVED, steps, write_manifest
+from megachat.parallel.checkpoint import LATEST, REPLACED, SAVED, steps, write_manifest
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.run import Superseded
@@ -134,7 +135,7 @@ class _Save:
 class Saver:
     """Writes a run's checkpoints. All ranks call each of its methods together.
 
-    `save` at a step boundary, `poll` at every later one, `finish` before leaving.
+    `save` at a step boundary, `ready` at every later one, `finish` when it is, and before leaving.
     """
 
     def __init__(
@@ -194,8 +195,12 @@ class Saver:
 
         Raises Superseded when a newer start of this run has taken over.
         """
-        begun = time.monotonic()
         self.finish()
+        with self._stall():
+            self._save(progress)
+
+    def _save(self, progress: Mapping[str, Any]) -> None:
+        begun = time.monotonic()
         facts = {
             **self.about,
             "attempt": asdict(self.attempt),
@@ -218,20 +223,29 @@ class Saver:
             self._write(save, share := self._share())
             deque(share, maxlen=0)  # after a failure the other ranks still gather what is left
             self._commit(save)
-        self._figures["checkpoint/stall"] = time.monotonic() - begun
 
-    def poll(self) -> None:
-        """Completes the checkpoint in the background if every rank has written its share."""
+    def ready(self) -> bool:
+        """Whether every rank has written its share of the checkpoint in the background: time to `finish`."""
         save = self._pending
-        if save is not None and save.thread is not None and self.mesh.all(not save.thread.is_alive()):
-            self.finish()
+        return save is not None and save.thread is not None and self.mesh.all(not save.thread.is_alive())
 
     def finish(self) -> None:
-        """Waits for the checkpoint in the background, and completes it."""
+        """Waits for the checkpoint in the background, if there is one, and completes it."""
         save, self._pending = self._pending, None
         if save is not None and save.thread is not None:
-            save.thread.join()
-            self._commit(save)
+            with self._stall():
+                save.thread.join()
+                self._commit(save)
+
+    @contextmanager
+    def _stall(self) -> Iterator[None]:
+        """Counts the time in which the training waits."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            stall = self._figures.get("checkpoint/stall", 0.0) + time.monotonic() - begun
+            self._figures["checkpoint/stall"] = stall
 
     def take_figures(self) -> dict[str, float]:
         """What there is to log since it was asked last."""
@@ -339,11 +353,16 @@ class Saver:
         if target.exists():  # the run was rolled back, and has come here again
             remove(replaced)
             target.rename(replaced)
-        save.folder.rename(target)
+        try:
+            save.folder.rename(target)
+        except OSError:  # a newer start has swept it away in this very moment
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            raise
         fsync(self.folder)
         remove(replaced)
         try:
-            for path in (self.folder.parent / SAVED, self.folder / "latest.json"):
+            for path in (self.folder.parent / SAVED, self.folder / LATEST):
                 write_json(path, {"checkpoint": target.name, "step": save.step})
             self._prune(target)
         except OSError as error:
@@ -360,7 +379,7 @@ class Saver:
 
     def _alarm(self, save: _Save, problem: str) -> None:
         self.failures += 1
-        self._figures["checkpoint/failed"] = self.failures
+        self._figures["checkpoint/failed"] = float(self.failures)
         last = "there is none before it" if self.step is None else f"the last good one is of step {self.step}"
         say(
             f"ALARM: the checkpoint of step {save.step} could not be written: {problem}; "

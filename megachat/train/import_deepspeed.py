@@ -19,7 +19,7 @@ from torch import Tensor
 from megachat.files import replacing, write_json
 from megachat.log import say
 from megachat.model.gpt import GPTConfig
-from megachat.parallel.checkpoint import architecture, steps, write_manifest
+from megachat.parallel.checkpoint import LATEST, architecture, steps, write_manifest
 from megachat.parallel.deepspeed_checkpoint import WEIGHT, Source, open_source
 from megachat.parallel.saving import write_tensors
 from megachat.run import Stage
@@ -94,7 +94,7 @@ class ImportDeepSpeed(Stage):
             temporary.mkdir()
             files = write_tensors(temporary, tensors(source, theirs, expected))
             write_manifest(temporary, facts | {"files": files})
-        write_json(checkpoints / "latest.json", {"checkpoint": target.name, "step": source.step})
+        write_json(checkpoints / LATEST, {"checkpoint": target.name, "step": source.step})
         tokenizer.save(self.folder / FILE)
         numbers = sum(shape.numel() for shape in expected.values())
         say(

@@ -26,16 +26,17 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from megachat.data.loader import places
-from megachat.data.shards import damaged
+from megachat.data.shards import first_damaged, written
+from megachat.files import sha256
 from megachat.log import Recorder, progress, say
 from megachat.model.size import flops_per_token
 from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import Mesh, be_patient, start
-from megachat.parallel.preflight import preflight
+from megachat.parallel.preflight import preflight, read_again
 from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
-from megachat.run import Stage, begin, differences, finish, record_config
+from megachat.run import Stage, Superseded, begin, differences, finish, record_config
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.guard import Guard, Skipped, Span, Unequal, compare, culprits
 from megachat.train.metrics import memory_gib, peak_flops
@@ -44,6 +45,11 @@ from megachat.train.schedules import Schedule
 from megachat.train.watch import Watch, Watching
 
 T = TypeVar("T")
+
+AGAIN = (2.0, 10.0)
+"""Seconds to wait before the last checkpoint is tried once more: no later one makes up for it."""
+LOOK = 10.0
+"""Seconds between two looks at whether a newer start has taken over, besides the one before each save."""
 
 
 @dataclass
@@ -75,6 +81,10 @@ class Progress:
 
 class Diverged(ValueError):
     """Batch after batch is bad, and going back has not helped."""
+
+
+class Stopped(Exception):
+    """Asked to stop in the middle of what the next attempt will do from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +121,27 @@ def micro_batches(
         yield replace(collate((own or spare)[:1]), weight=0.0, tokens=0, samples=0)
 
 
-def measured(items: Sequence[T], size: int, mesh: Mesh, collate: Callable[[Sequence[T]], B]) -> Iterator[B]:
+def measured(
+    items: Sequence[T], size: int, run: "Running", collate: Callable[[Sequence[T]], B]
+) -> Iterator[B]:
     """This data rank's share of what is only measured, in micro-batches of at most `size`."""
+    mesh = run.mesh
     own = places(0, len(items), mesh.data_rank, mesh.data)
     most = math.ceil(len(items) / mesh.data)
-    return micro_batches(items[own.start : own.stop], most, size, collate, spare=items)
+    for batch in micro_batches(items[own.start : own.stop], most, size, collate, spare=items):
+        run.pause()
+        yield batch
 
 
 def check_shards(folder: Path, mesh: Mesh) -> None:
     """Compares token shards with their sums, each rank a part of them; what one finds all raise."""
-    if found := next(filter(None, mesh.gather(damaged(folder, mesh.rank, mesh.world))), ""):
-        raise ValueError(found)
+    sums = written(folder)
+    wrong = first_damaged(sums, mesh.rank, mesh.world)
+    if path := read_again(mesh, wrong, lambda path: sha256(path) == sums[path]):
+        raise ValueError(
+            f"{path} is damaged: its sha256 is not what the manifest says; "
+            "copy the file again, or run the stage again that wrote it"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,6 +181,18 @@ class Running:
     """Which samples are left out."""
     bad: int = 0
     """How many batches in a row the guard has found bad, up to the last."""
+    asked: Callable[[], bool] = lambda: False
+    """Whether this rank has been asked to stop."""
+    fence: Callable[[], None] = lambda: None
+    """Raises Superseded, on all ranks, when a newer start of this run has taken over."""
+
+    def pause(self) -> None:
+        """To be called by all ranks in the middle of a validation or a rollout, which may take long.
+
+        Raises Stopped when one of them has been asked to stop.
+        """
+        if self.mesh.any(self.asked()):
+            raise Stopped
 
     @property
     def synced(self) -> Callable[[bool], bool] | None:
@@ -290,19 +322,20 @@ def fit(task: Task) -> None:
         watch.at("load")
         begun = time.monotonic()
         run, saver = loaded(task, mesh, watch)
+        run.asked = lambda: stop.requested
         begun -= run.progress.seconds  # of earlier attempts
         recorder = stack.enter_context(Recorder(task, run.progress.step))
         bar = stack.enter_context(progress(task.name, run.total, "step", run.progress.step))
-        Trainer(task, run, saver, recorder, bar, stop, begun).train()
+        Trainer(task, run, saver, recorder, bar, begun).train()
 
 
 def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     """All that training needs, as the newest checkpoint has it, and what writes the next ones."""
     mine = attempt.claim(task.folder, mesh)
-    fence = partial(mine.fence, task.folder, mesh)
     torch.manual_seed(task.seed)
     tokenizer = Tokenizer.load(task.input("tokenizer"))
-    run = Running(mesh, tokenizer, Progress(), watch=watch)
+    fence = partial(mine.fence, task.folder, mesh)
+    run = Running(mesh, tokenizer, Progress(), watch=watch, fence=fence)
     models = task.models(run)
     # One rank's word: on another node a copy of a file may have another time.
     run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
@@ -375,12 +408,11 @@ class Trainer:
         saver: Saver,
         recorder: Recorder,
         bar: Any,
-        stop: "_StopFlag",
         begun: float,
     ) -> None:
         """`begun` is when it would have begun, had no earlier attempt been cut off."""
         self.task, self.run, self.saver, self.recorder, self.bar = task, run, saver, recorder, bar
-        self.stop, self.begun = stop, begun
+        self.begun, self.looked = begun, time.monotonic()
         self.meter = _Meter(run, peak_flops(run.mesh.device, task.parallel.bf16))
         self.compared = run.progress.step
         """Up to where replicas are known to be the same."""
@@ -392,16 +424,23 @@ class Trainer:
     def train(self) -> None:
         """To the end, or until asked to stop."""
         task, run, saver = self.task, self.run, self.saver
-        stopping = run.mesh.any(self.stop.requested)  # while models and data were prepared
+        stopping = run.mesh.any(run.asked())  # while models and data were prepared
         if _validation_due(task, run) and not stopping:  # an earlier attempt was asked to stop before it
-            self.validate()
-            self.recorder.row({"step": run.progress.step, **run.notes})
-            run.notes.clear()
+            stopping = not self.validate()
+            if run.notes:
+                self.recorder.row({"step": run.progress.step, **run.notes})
+                run.notes.clear()
         steps = task.batches(run)
         while run.progress.step < run.total and not stopping:
             run.watch.at("data", run.progress.step + 1)
             _reseed(task.seed, run)
-            batches = next(steps)
+            try:
+                batches = next(steps)
+            except Stopped:
+                stopping = True
+                if saver.tried != run.progress.step and not run.bad:
+                    self.save()
+                break
             rate = task.optimizer.lr * task.schedule.factor(run.progress.step, run.total)
             sums = train_step(task, run, batches, rate)
             run.progress.step += 1
@@ -413,9 +452,10 @@ class Trainer:
             self.meter.add(sums, rate)
             self.bar.update()
             run.watch.at("poll")
-            saver.poll()
-            stopping = task.may_stop(run) and run.mesh.any(self.stop.requested)
-            self.after_step(sums, rate, stopping)
+            if saver.ready():
+                run.watch.at("save")
+                saver.finish()
+            stopping = self.after_step(sums, rate)
         run.watch.at("save")
         saver.finish()
         if stopping:
@@ -424,14 +464,15 @@ class Trainer:
         else:
             self.finish()
 
-    def after_step(self, sums: Mapping[str, float], rate: float, stopping: bool) -> None:
-        """Compares, validates, logs and saves when it is time to."""
+    def after_step(self, sums: Mapping[str, float], rate: float) -> bool:
+        """Compares, validates, logs and saves when it is time to. Returns whether it is time to stop."""
         task, run, saver = self.task, self.run, self.saver
+        stopping = task.may_stop(run) and self.asked_to_stop()
         last = run.progress.step == run.total
         if task.guard.compare and run.progress.step % task.guard.compare == 0:
             self.compare()
         if _validation_due(task, run) and not stopping:
-            self.validate()
+            stopping = not self.validate()
         lost = run.bad and last and run.mesh.any(_broken(run))
         if last and not stopping and (lost or run.progress.updates == self.stuck):
             saver.finish()
@@ -448,6 +489,7 @@ class Trainer:
         if due or (stopping and not run.bad):
             self.save()
             self.rollbacks = 0
+        return stopping
 
     def compare(self) -> None:
         """Ends the run when replicas of the weights differ."""
@@ -466,14 +508,41 @@ class Trainer:
         self.run.watch.at("save")
         self.saver.save(asdict(self.run.progress))
 
-    def validate(self) -> None:
-        """Measures, and shows a sample."""
+    def validate(self) -> bool:
+        """Measures, and shows a sample. False: it was asked to stop meanwhile."""
         run = self.run
         run.watch.at("validation")
-        run.notes |= {f"validation/{name}": value for name, value in self.task.measure(run).items()}
+        try:
+            figures = self.task.measure(run)
+        except Stopped:
+            return False
+        run.notes |= {f"validation/{name}": value for name, value in figures.items()}
         run.watch.at("sample")
         self.recorder.sample(run.progress.step, self.task.show(run))
         run.progress.validated = run.progress.step
+        return True
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank has been. Raises Superseded when a newer start has taken over."""
+        run = self.run
+        if not run.mesh.any(run.asked() or self.superseded()):
+            return False
+        run.fence()
+        return run.mesh.any(run.asked())
+
+    def superseded(self) -> bool:
+        """Whether rank 0 sees that a newer start has taken over. It looks now and then."""
+        now = time.monotonic()
+        if self.run.mesh.rank or now - self.looked < LOOK:
+            return False
+        self.looked = now
+        try:
+            self.saver.attempt.check(self.task.folder)
+        except Superseded:
+            return True
+        except (OSError, ValueError):  # a disk that does not answer: the next save will tell
+            pass
+        return False
 
     def go_back(self, rate: float) -> None:
         """To the newest checkpoint: too many batches in a row were bad."""
@@ -487,11 +556,13 @@ class Trainer:
     def finish(self) -> None:
         """The last checkpoint, without which a stage is not done."""
         task, run, saver = self.task, self.run, self.saver
+        for wait in (0.0, *AGAIN):
+            if saver.step != run.progress.step:
+                time.sleep(wait)
+                self.save()
+                saver.finish()
         if saver.step != run.progress.step:
-            self.save()
-            saver.finish()
-        if saver.step != run.progress.step:
-            raise ValueError(
+            raise OSError(
                 f"the final checkpoint of {task.name} could not be written; "
                 "free some disk space and run again"
             )
@@ -535,6 +606,7 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         )
         run.progress.skipped += 1
         if not known:
+            run.fence()
             run.skipped.add(run.progress.step + 1, first, last, why)
     elif task.guard.spike:
         run.progress.recent = [*run.progress.recent, sums["loss"] / weight][-task.guard.window :]

@@ -188,6 +188,7 @@ class Pretrain(Task):
         sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # bits, bytes
         with run.engines["model"].inference() as model:
             for part in parts(places, self.micro_batch):
+                run.pause()
                 batch = _collate([windows[chosen[place % len(chosen)]] for place in part], mesh.device)
                 counts = torch.tensor([place < len(chosen) for place in part], device=mesh.device)
                 labels = batch.labels.clamp(min=0)

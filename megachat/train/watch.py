@@ -164,11 +164,11 @@ class Watch:
         """How long the training thread may stand where it is."""
         if self.settings is None:
             return math.inf
-        settings = self.settings
-        seconds = (
-            settings.start if not self.settled else settings.long if self.section in LONG else settings.hang
-        )
-        return seconds or math.inf
+        settings, long = self.settings, self.section in LONG
+        limits = [settings.long if long else settings.hang] if self.settled else [settings.start]
+        if long and not self.settled:  # the first of them is not done sooner than later ones
+            limits.append(settings.long)
+        return max(seconds or math.inf for seconds in limits)
 
     def stepped(self, step: int) -> None:
         """The end of a step. Now and then all ranks compare how long each has worked for itself."""

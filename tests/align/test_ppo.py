@@ -1,7 +1,9 @@
 """PPO's pieces by hand, and its gradient against the exact one, over all that a tiny policy can say."""
 
 import json
+import os
 import shutil
+import signal
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
+from megachat.align import rollout
 from megachat.align.advantages import gae
 from megachat.align.logprobs import answer_logps, token_logps
 from megachat.align.ppo import (
@@ -27,6 +30,7 @@ from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
 from megachat.config import ConfigError
+from megachat.model.generate import generate
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import Losses, Running, train_step
 from megachat.train.losses import IGNORE
@@ -405,6 +409,26 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path,
     assert len(first) == 12
     assert first == second
     assert first[8]["kl"] != 0  # in the third rollout: the reference is where it was, the policy is not
+
+
+def test_a_rollout_is_not_waited_for_when_asked_to_stop(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+
+    def asked(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == 5:  # of the second rollout the first of its four parts
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr(rollout, "generate", asked)
+    settings = [*tiny.ROLLOUTS, "rollouts=3", "at_once=8", "validation_prompts=0", "checkpoint_interval=100"]
+    tiny.stage("ppo", inputs, run, *settings).execute()
+    assert len(calls) == 5
+    assert [path.name for path in (run / "ppo" / "checkpoints").glob("step-*")] == ["step-00000004"]
+    tiny.stage("ppo", inputs, run, *settings).execute()
+    assert [row["step"] for row in tiny.rows(run, "ppo")] == list(range(1, 13))
 
 
 @pytest.mark.parametrize(

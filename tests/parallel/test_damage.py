@@ -108,6 +108,7 @@ def test_damage_is_named_set_aside_and_the_checkpoint_before_it_is_taken(
     assert DAMAGES[damage] in said
     assert len(list((folder / "damaged").iterdir())) == 1
     assert checkpoint.steps(folder) == [folder / "step-00000001"]
+    assert json.loads((folder / "latest.json").read_text()) == {"checkpoint": "step-00000001", "step": 1}
 
 
 @on_ranks(2)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megachat.parallel import checkpoint, saving
-from megachat.parallel.attempt import claim
+from megachat.parallel.attempt import Attempt, claim
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import start
 from megachat.parallel.saving import Saver, deal, write_tensors
 from megachat.run import Superseded, perform
+from megachat.train import loop
 from tests.spawn import on_ranks
 from tests.tiny_run import make, pretrain, rows
 
@@ -177,12 +179,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Pa
         before = {name: tensor.clone() for name, tensor in engine.logical()}
         writes.save({"step": 1})
         step()
-        writes.poll()
+        assert not writes.ready()
         assert writes.step is None
         go.set()
         deadline = time.monotonic() + 60
-        while writes.step is None and time.monotonic() < deadline:
-            writes.poll()
+        while not writes.ready() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        writes.finish()
         figures = writes.take_figures()
         assert figures["checkpoint/stall"] <= figures["checkpoint/seconds"]
         assert figures["checkpoint/bytes"] == sum(tensor.nbytes for tensor in before.values())
@@ -211,6 +214,44 @@ def test_a_run_that_was_rolled_back_writes_the_same_step_again(tiny: Path, tmp_p
     assert saved is not None
     assert saved.manifest["progress"]["samples"] == 16
     assert names(tmp_path) == ["latest.json", "step-00000001"]
+
+
+@on_ranks(1)
+def test_a_checkpoint_that_was_to_be_replaced_keeps_its_name_when_the_new_one_is_swept_away(
+    tiny: Path, tmp_path: Path
+) -> None:
+    zombie = saver(tiny, tmp_path)
+    zombie.save({"step": 1, "samples": 8})
+    check, looks = Attempt.check, []
+
+    def swept(attempt: Attempt, stage: Path) -> None:
+        check(attempt, stage)
+        looks.append(stage)
+        if len(looks) == 3:  # frozen right after the last look, while a newer start takes over
+            shutil.rmtree(next((tmp_path / "checkpoints").glob("*.1.tmp")))
+
+    Attempt.check = swept  # type: ignore[method-assign]
+    zombie.save({"step": 1, "samples": 16})
+    saved = checkpoint.newest(tmp_path / "checkpoints", zombie.mesh)
+    assert saved is not None
+    assert saved.manifest["progress"]["samples"] == 8
+
+
+@on_ranks(1)
+def test_a_start_that_was_superseded_ends_between_two_saves(tiny: Path, tmp_path: Path) -> None:
+    task = pretrain(tmp_path, f"inputs={tiny}", "checkpoint_interval=0")
+    whole, newer = type(task).loss, []
+
+    def loss(task: Any, run: Any, batch: Any) -> Any:
+        if run.progress.step == 4 and not newer:
+            newer.append(claim(task.folder, run.mesh))
+        return whole(task, run, batch)
+
+    type(task).loss = loss  # type: ignore[method-assign]
+    loop.LOOK = 0.0
+    with pytest.raises(Superseded, match="names attempt 2"):
+        perform(task)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
 @on_ranks(1)
@@ -361,20 +402,28 @@ def test_a_failed_save_is_an_alarm_the_training_goes_on_and_the_last_one_must_su
 
     saving.write_tensors = sometimes
     run = tmp_path / "once"
-    perform(pretrain(run, f"inputs={tiny}", "checkpoint_interval=4", "seed=0"))
+    # Not in the background: steps this short may all be taken before the second one is written.
+    settings = ["checkpoint_interval=4", "checkpoint_background=false", "seed=0"]
+    perform(pretrain(run, f"inputs={tiny}", *settings))
     assert (run / "pretrain" / "done.json").exists()
     logged = rows(run)
     assert len(logged) == 12
     assert [row["checkpoint/failed"] for row in logged if "checkpoint/failed" in row] == [1]
     (written,) = [row for row in logged if "checkpoint/bytes" in row]  # the second; the third is the last
-    assert written["checkpoint/stall"] <= written["checkpoint/seconds"]
+    assert written["checkpoint/stall"] >= written["checkpoint/seconds"] > 0
     saved = sorted(path.name for path in (run / "pretrain" / "checkpoints").iterdir())
     assert saved == ["latest.json", "step-00000008", "step-00000012"]
 
     def always(*_: Any) -> saving.Files:
         raise OSError(28, "No space left on device")
 
+    fails[0] = True
+    run = tmp_path / "last"
+    loop.AGAIN = (0.1,)
+    perform(pretrain(run, f"inputs={tiny}"))  # the only save fails, and then does not
+    assert checkpoint.steps(run / "pretrain" / "checkpoints")
+
     saving.write_tensors = always
-    with pytest.raises(ValueError, match=r"the final checkpoint of pretrain could not be written"):
+    with pytest.raises(OSError, match=r"the final checkpoint of pretrain could not be written"):
         perform(pretrain(tmp_path / "never", f"inputs={tiny}"))
     assert not (tmp_path / "never" / "pretrain" / "done.json").exists()

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.data import shards
+from megachat.files import sha256
 from megachat.parallel.checkpoint import latest
-from megachat.parallel.mesh import start
+from megachat.parallel.mesh import Unfit, start
 from megachat.run import perform
+from megachat.train import loop
 from megachat.train.losses import IGNORE, cross_entropy
 from megachat.train.metrics import measured_flops, peak_flops
 from megachat.train.pretrain import Pretrain
@@ -91,6 +94,22 @@ def test_two_ranks_through_the_whole_loop_give_one_ranks_losses(tiny: Path, tmp_
     on_two(run=run, overrides=[f"inputs={tiny}", "parallel=zero2", "parallel.precision=fp32"])
     assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(tiny)], rel=1e-4)
     assert (run / "pretrain" / "done.json").is_file()
+
+
+@on_ranks(2)
+def test_a_host_that_misreads_token_shards_is_unfit_and_the_run_not_refused(tiny: Path) -> None:
+    mesh = start(1)
+    sums = {path: sha256(path) for path in sorted(tiny.rglob("*.bin"))}
+    assert len(sums) > 1
+    loop.written = lambda folder: sums
+    loop.check_shards(tiny, mesh)
+    if mesh.rank == 1:
+        shards.sha256 = lambda path: "0"
+    with pytest.raises(
+        OSError, match=r"rank 1 on .* damaged, and read by rank 0 on .* it is whole"
+    ) as raised:
+        loop.check_shards(tiny, mesh)
+    assert isinstance(raised.value, Unfit) == (mesh.rank == 1)
 
 
 @on_ranks(3)

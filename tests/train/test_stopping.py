@@ -42,8 +42,10 @@ def test_no_step_and_no_validation_is_lost_whenever_a_signal_comes(tiny: Path, t
     expected = told(tiny)
     whole_loss, whole_prepare, whole_measure = Pretrain.loss, Pretrain.prepare, Pretrain.measure
     measured: list[int] = []
-    # While data are prepared, in an early step, in one that a validation follows, in the last one.
-    for at in (None, 2, 4, 11):
+    asked: list[int] = []
+    # While data are prepared, in an early step, in one that a validation follows, in the last one; and in
+    # a validation, which is not waited for: at -5 and at -12.
+    for at in (None, 2, 4, 11, -5, -12):
         run = tmp_path / f"at-{at}"
 
         def prepare(task: Any, state: Any, at: int | None = at) -> int:
@@ -57,13 +59,17 @@ def test_no_step_and_no_validation_is_lost_whenever_a_signal_comes(tiny: Path, t
                 os.kill(os.getpid(), signal.SIGTERM)  # a second one does no harm
             return whole_loss(task, state, batch)
 
-        def measure(task: Any, state: Any) -> dict[str, float]:
+        def measure(task: Any, state: Any, at: int | None = at) -> dict[str, float]:
+            if at == -state.progress.step and at not in asked:
+                asked.append(at)
+                os.kill(os.getpid(), signal.SIGUSR1)
+            figures = whole_measure(task, state)
             measured.append(state.progress.step)
-            return whole_measure(task, state)
+            return figures
 
         Pretrain.prepare, Pretrain.loss, Pretrain.measure = prepare, loss, measure  # type: ignore[method-assign]
         perform(pretrain(run, *EVERY, f"inputs={tiny}"))
-        steps = 0 if at is None else at + 1
+        steps = 0 if at is None else -at if at < 0 else at + 1
         assert len(rows(run)) == steps
         saved = [path.name for path in (run / "pretrain").glob("checkpoints/step-*")]
         assert saved == ([f"step-{steps:08d}"] if steps else [])
@@ -77,4 +83,4 @@ def test_no_step_and_no_validation_is_lost_whenever_a_signal_comes(tiny: Path, t
     perform(pretrain(run, *EVERY, f"inputs={tiny}"))
     assert (run / "pretrain" / "done.json").exists()
     assert told(run) == expected
-    assert measured == [5, 10, 12] * 4  # each validation once
+    assert measured == [5, 10, 12] * 6  # each validation once

@@ -1,6 +1,7 @@
 """A run that stands still is ended, and says which rank it waited for; a slow rank is named."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -128,6 +129,24 @@ def test_the_verdict_names_who_waits_where() -> None:
 def test_the_slowest_is_compared_with_the_median_of_the_others() -> None:
     assert slowest([1.0, 2.0, 9.0]) == (2, 9.0, 1.5)
     assert slowest([3.0, 1.0]) == (0, 3.0, 1.0)
+
+
+def test_the_first_long_part_may_take_as_long_as_later_ones() -> None:
+    limits = Watching(start=30, hang=10, long=60, slow=0)
+    watch = Watch(limits)
+    found = {}
+    for settled in (False, True):
+        watch.settled = settled
+        for watch.section in ("forward", "rollout"):
+            found[settled, watch.section] = watch.limit()
+    assert found == {
+        (False, "forward"): 30,
+        (False, "rollout"): 60,
+        (True, "forward"): 10,
+        (True, "rollout"): 60,
+    }
+    watch.settings, watch.settled = limits.model_copy(update={"long": 0}), False
+    assert watch.limit() == math.inf
 
 
 class SlowOnce:

@@ -142,7 +142,8 @@ def programs(folder: Path, model_name: str, zero: int) -> tuple[dict[str, Write]
             ):  # as the loop does after every step; what is waited for then counts as well
                 time.sleep(0.01)
                 polled = time.perf_counter()
-                saver.poll()
+                if saver.ready():
+                    saver.finish()
                 stall += time.perf_counter() - polled
             return Took(stall, time.perf_counter() - begun)
 
