@@ -232,8 +232,8 @@ def test_a_checkpoint_that_was_to_be_replaced_keeps_its_name_when_the_new_one_is
 
     Attempt.check = swept  # type: ignore[method-assign]
     zombie.save({"step": 1, "samples": 16})
-    saved = checkpoint.newest(tmp_path / "checkpoints", zombie.mesh)
-    assert saved is not None
+    assert names(tmp_path) == ["latest.json", "step-00000001"]
+    saved = checkpoint.Checkpoint.open(tmp_path / "checkpoints" / "step-00000001")
     assert saved.manifest["progress"]["samples"] == 8
 
 
