@@ -12,7 +12,11 @@ unset PYTHONDONTWRITEBYTECODE  # many containers set it: then every process comp
 marks=(-m "not slurm and not faults and not browser and not vllm and not gpu and not multigpu")
 arguments=()
 for argument in "$@"; do
-    if [[ $argument == --all ]]; then marks=(-m "not vllm"); else arguments+=("$argument"); fi
+    if [[ $argument == --all ]]; then
+        marks=(-m "not vllm") arguments+=(-rs)  # and say what this machine could not run, and why
+    else
+        arguments+=("$argument")
+    fi
 done
 color=$([[ -t 1 ]] && echo yes || echo no)
 log=.venv/pytest.log
