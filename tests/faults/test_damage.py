@@ -94,12 +94,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     same = attempt.codes == [0, 0] and weights(job.run) == weights(straight(*SETTINGS).run)
     done = max(note["step"] for note in killed.story.of("step"))
     lost = done - min((note["step"] for note in story.of("step")), default=0) + 1
-    record("11 newest checkpoint damaged", survived=same, lost=lost)
     assert attempt.codes == [0, 0], attempt.said
     assert "goes on from step 6" in attempt.printed()
     assert "step-00000008" in attempt.printed().split("goes on")[0], "which one is damaged was not said"
     assert lost == 2
     assert same
+    record("11 newest checkpoint damaged", survived=True, lost=lost)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"checkpoint": "step-00000099"}', None])
@@ -114,10 +114,10 @@ def test_latest_json_can_say_what_it_likes(
         latest.write_text(text)
     (attempt,) = job.go().attempts
     same = attempt.codes == [0, 0] and weights(job.run) == weights(straight(*SETTINGS).run)
-    record("11 latest.json damaged", survived=same, lost=0)
     assert same, attempt.said
     assert "goes on from step 8" in attempt.printed()
     assert json.loads(latest.read_text())["checkpoint"] == "step-00000012"
+    record("11 latest.json damaged", survived=True, lost=0)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_refuses_to_start_over(killed: Job, start: Start) -> None:
@@ -126,10 +126,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_refuses_to_start_over(killed: J
         damage(checkpoint)
     (attempt,) = job.go().attempts
     refused = attempt.codes[0] == 1 and not job.story.of("step")
-    record("11 all checkpoints damaged: refused", survived=refused)
     assert refused, attempt.said
     assert "damaged" in attempt.printed()
     assert "Traceback" not in attempt.printed()
+    record("11 all checkpoints damaged: refused", survived=True)
 
 
 def test_a_flipped_token_is_not_trained_on(
@@ -150,5 +150,5 @@ def test_a_flipped_token_is_not_trained_on(
     path.write_bytes(data)
     (attempt,) = job.go().attempts[1:]
     same = attempt.codes == [0, 0] and weights(job.run) == weights(straight(*SETTINGS).run)
-    record("11 token shard damaged: refused", survived=same, lost=0)
     assert same, attempt.said
+    record("11 token shard damaged: refused", survived=True, lost=0)

@@ -32,16 +32,15 @@ def test_a_run_that_is_killed_goes_on_in_any_other_layout_with_the_same_losses_a
         job.attempt([] if last else [Fault("backward", "kill", step=2 * number + 2)])
     story, reference = job.story, straight(*settings)
     found, expected = losses(job), losses(reference)
-    same = story.finished and found == pytest.approx(expected, rel=1e-4)
     costs = story.costs()
-    for lost, seconds in costs:
-        record("13 other layout", survived=same, lost=lost, seconds=seconds)
     assert story.finished, story.attempts[-1].said
     assert found == pytest.approx(expected, rel=1e-4)
     assert all(lost <= 2 for lost, _ in costs), costs
     for step, samples in reference.story.samples().items():
         # Tensor-parallel ranks read the same samples.
         assert set(story.samples()[step]) == set(samples), f"step {step}"
+    for lost, seconds in costs:
+        record("13 other layout", survived=True, lost=lost, seconds=seconds)
 
 
 def test_a_run_with_dropout_that_is_stopped_after_every_step_draws_what_it_would_have_drawn(
@@ -50,10 +49,9 @@ def test_a_run_with_dropout_that_is_stopped_after_every_step_draws_what_it_would
     settings = ("model.dropout=0.1", "validation_interval=4")
     reference = straight(*settings, ranks=1)
     story = start(*settings, ranks=1).go(*([Fault("forward", "signal", value=15)] for _ in range(11)))
-    same = story.finished and weights(story.job.run) == weights(reference.run)
-    for lost, seconds in story.costs():
-        record("15 stopped at every step, with dropout", survived=same, lost=lost, seconds=seconds)
     assert [attempt.codes for attempt in story.attempts] == [[0]] * 12
-    assert same
+    assert weights(story.job.run) == weights(reference.run)
     assert losses(story.job) == losses(reference)
     assert weights(straight(ranks=1).run) != weights(story.job.run), "dropout did nothing"
+    for lost, seconds in story.costs():
+        record("15 stopped at every step, with dropout", survived=True, lost=lost, seconds=seconds)

@@ -29,22 +29,23 @@ def test_a_signal_at_any_moment_costs_no_step(start: Start, straight: Straight) 
         )
     )
     same = story.finished and weights(story.job.run) == weights(straight(*SETTINGS).run)
-    for attempt, (lost, seconds) in zip(story.attempts, story.costs(), strict=False):
-        record("9 signal", survived=same and attempt.codes == [0, 0], lost=lost, seconds=seconds)
+    for attempt, (lost, _) in zip(story.attempts, story.costs(), strict=False):
         assert attempt.codes == [0, 0], attempt.said
         told = "nothing is saved yet" if attempt.number == 1 else "saved at step"
         assert f"asked to stop; {told}" in attempt.printed(), attempt.said
         assert lost == 0, f"attempt {attempt.number}, stopped at {moments[attempt.number - 1]}"
     assert same
+    for _, seconds in story.costs():
+        record("9 signal", survived=True, lost=0, seconds=seconds)
 
 
 def test_a_signal_while_starting_ends_the_run_and_costs_no_step(start: Start, straight: Straight) -> None:
     story = start(*SETTINGS).go(*([Fault("start", "signal", value=number)] for number in ASKING))
     same = story.finished and weights(story.job.run) == weights(straight(*SETTINGS).run)
-    for lost, seconds in story.costs():
-        record("9 signal while starting", survived=same and lost == 0, lost=lost, seconds=seconds)
     assert same
     assert not any(lost for lost, _ in story.costs())
+    for _, seconds in story.costs():
+        record("9 signal while starting", survived=True, lost=0, seconds=seconds)
 
 
 def test_a_second_signal_does_no_harm(start: Start, straight: Straight) -> None:
@@ -60,8 +61,9 @@ def test_a_second_signal_does_no_harm(start: Start, straight: Straight) -> None:
         )
     )
     same = story.finished and weights(story.job.run) == weights(straight(*SETTINGS).run)
-    for attempt, (lost, seconds) in zip(story.attempts, story.costs(), strict=False):
-        record("9 a second signal", survived=same and attempt.codes == [0, 0], lost=lost, seconds=seconds)
+    for attempt, (lost, _) in zip(story.attempts, story.costs(), strict=False):
         assert attempt.codes == [0, 0], attempt.said
         assert lost == 0
     assert same
+    for _, seconds in story.costs():
+        record("9 a second signal", survived=True, lost=0, seconds=seconds)
