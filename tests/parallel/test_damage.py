@@ -7,7 +7,6 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from megachat.parallel.checkpoint import Checkpoint, TooNew, newest, write_manif
 from megachat.parallel.mesh import Mesh, Unfit, start
 from megachat.parallel.saving import write_tensors
 from megachat.run import Superseded, finished
+from tests.payload import Payload
 from tests.spawn import on_ranks
 
 ALONE = Mesh(0, 1, 1, torch.device("cpu"), None, None)
@@ -288,16 +288,6 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
     found = newest(tmp_path, ALONE)
     assert found is not None
     assert torch.equal(found.reader("model")("weight.a"), torch.ones(40))
-
-
-class Payload:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def test_a_payload_in_any_file_is_refused_and_does_not_run(tmp_path: Path) -> None:

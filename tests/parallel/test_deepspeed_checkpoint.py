@@ -19,6 +19,7 @@ from megachat.parallel.deepspeed_checkpoint import Source, cut, joined, open_sou
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import start
 from megachat.train.optimizers import AdamW
+from tests.payload import Payload
 from tests.spawn import on_ranks
 from tests.tiny_deepspeed import TINY, VOCAB, convert, deepspeed_engine, save, train
 
@@ -197,16 +198,6 @@ def test_a_tied_weight_is_known_by_both_names(tmp_path: Path) -> None:
         source = open_source(tmp_path / name, None, moments=True)
         check(source)
         assert (set(source.parameters), dict(source.shared)) == ({"a", "b"}, {"head": "a"})
-
-
-class Payload:
-    """Unpickled by someone careless, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize(
