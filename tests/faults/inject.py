@@ -88,8 +88,9 @@ def limit_files(fault: Fault, how: Any = signal.SIG_DFL) -> None:
 
 def shift_clock(fault: Fault) -> None:
     """This rank's clock is wrong."""
-    real = time.time
+    real, real_ns = time.time, time.time_ns
     time.time = lambda: real() + fault.value  # type: ignore[assignment]
+    time.time_ns = lambda: real_ns() + int(fault.value * 1e9)  # type: ignore[assignment]
 
 
 def fail_io(fault: Fault) -> None:
