@@ -1,5 +1,7 @@
 """The table of faults, and that pytest prints it."""
 
+from math import inf
+
 import pytest
 
 from tests import fault_table
@@ -23,9 +25,15 @@ def test_records_of_one_fault_are_one_row_with_the_worst_of_them_in_the_order_of
     ]
 
 
-def test_a_recovery_that_takes_minutes_is_a_failure() -> None:
-    with pytest.raises(AssertionError, match="1 one rank killed: recovered after 290 s"):
-        fault_table.record("1 one rank killed", survived=True, seconds=290.0)
+@pytest.mark.parametrize(
+    ("fault", "limit"),
+    [("1 one rank killed", 40), ("9 signal", 48), ("2 frozen", 56), ("5 a node dies", 112)],
+)
+def test_a_recovery_has_four_times_what_it_takes_on_an_idle_machine(fault: str, limit: int) -> None:
+    fault_table.record(fault, survived=True, seconds=limit)
+    with pytest.raises(AssertionError, match=f"{fault}: recovered after {limit + 1} s, .* {limit} s"):
+        fault_table.record(fault, survived=True, seconds=limit + 1)
+    fault_table.record(fault, survived=True, seconds=limit + 1, limit=inf)
 
 
 def test_pytest_prints_it_only_when_there_is_something_in_it(capsys: pytest.CaptureFixture[str]) -> None:
