@@ -1,10 +1,14 @@
 """The table of layouts saved and loaded: cells that are missing, too far off, or not a number."""
 
+import shutil
 from math import isnan, nan
+from pathlib import Path
 
 import pytest
 
-from tools.bench.elastic import Layout, difference, layouts, summary, table
+from megachat.parallel import checkpoint
+from tools.bench import elastic
+from tools.bench.elastic import Layout, difference, gang, go_on, layouts, summary, table, told, train_and_save
 
 ONE, TWO = Layout(0, 1, 1), Layout(3, 2, 2)
 CELLS = {(ONE, ONE): 0.0, (ONE, TWO): 3.2e-6, (TWO, ONE): 1e-4, (TWO, TWO): 2e-7}
@@ -52,3 +56,25 @@ def test_the_difference_is_the_largest_of_the_steps_and_no_number_stays_none() -
     assert difference([2.0, 4.004, 5.0], [2.0, 4.0, 5.0]) == pytest.approx(0.001)
     assert isnan(difference([2.0, nan, 5.0], [2.0, 4.0, 5.0]))
     assert isnan(difference([2.0], [2.0, 4.0]))
+
+
+def start_over(folder: Path, own: list[Layout], chosen: list[Layout]) -> None:
+    """As `go_on`, by a rank that never finds a checkpoint."""
+    checkpoint.newest = lambda *_: None
+    go_on(folder, own, chosen)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_over_is_no_cell_though_its_losses_are_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elastic.write_run(tmp_path / "inputs")
+    gang(1, 1, train_and_save, tmp_path, [ONE])
+    gang(1, 1, start_over, tmp_path, [ONE], [ONE])
+    assert "0/1x1 started over; it was to go on from step 3 of 0/1x1" in capsys.readouterr().err
+    moved = tmp_path / "moved" / "0-1-1-0-1-1"
+    assert elastic.losses(moved) == elastic.losses(tmp_path / "saved" / "0-1-1")
+    assert told(tmp_path, [ONE], [ONE]) == {}
+    shutil.rmtree(moved)
+    gang(1, 1, go_on, tmp_path, [ONE], [ONE])
+    assert told(tmp_path, [ONE], [ONE]) == {(ONE, ONE): 0.0}

@@ -3,8 +3,9 @@
 A layout is a ZeRO stage (0 to 3) on so many data ranks (1, 2) of so many tensor ranks (1, 2): sixteen. In
 each a small model is pretrained in fp32 for eight steps, and its checkpoint of the third is continued in
 every layout, by `pretrain` as a user starts it. A cell is the largest difference of a loss in those five
-steps to that of an undisturbed process, as a share of it. The ranks are processes on the CPU that talk by
-gloo, the same ones for all that is done on as many; everything is built anew in every cell.
+steps to that of an undisturbed process, as a share of it. A run that started over would come to the same
+losses, so that is an error. The ranks are processes on the CPU that talk by gloo, the same ones for all that
+is done on as many; everything is built anew in every cell.
 """
 
 import argparse
@@ -198,17 +199,26 @@ def go_on(folder: Path, own: list[Layout], chosen: list[Layout]) -> None:
     for loaded in own:
         for saved in chosen:
             run, origin = folder / "moved" / f"{name(saved)}-{name(loaded)}", folder / "saved" / name(saved)
+            metrics, earlier = run / "pretrain" / "metrics.jsonl", ""
             if os.environ["RANK"] == "0":
                 checkpoint = Path("pretrain", "checkpoints", f"step-{SAVED:08d}")
                 shutil.copytree(origin / checkpoint, run / checkpoint, copy_function=os.link)
-                rows = (origin / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True)
-                (run / "pretrain" / "metrics.jsonl").write_text("".join(rows[:SAVED]), encoding="utf-8")
+                earlier = marked(origin / "pretrain" / "metrics.jsonl")
+                metrics.write_text(earlier, encoding="utf-8")
             if dist.is_initialized():  # no rank looks for the checkpoint before it is there
                 dist.barrier()
             pretrain(folder, run, loaded)
             if os.environ["RANK"] == "0":
+                if not metrics.read_text(encoding="utf-8").startswith(earlier):
+                    raise RuntimeError(f"{loaded} started over; it was to go on from step {SAVED} of {saved}")
                 shutil.rmtree(run / "pretrain" / "checkpoints")
                 (run / "went_on").touch()
+
+
+def marked(metrics: Path) -> str:
+    """The rows up to the saved step with a mark, which no run writes: one that starts over drops them."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()[:SAVED]]
+    return "".join(json.dumps(row | {"earlier": True}) + "\n" for row in rows)
 
 
 def gang(data: int, tensor: int, work: Callable[..., None], folder: Path, *arguments: Any) -> None:
