@@ -79,12 +79,17 @@ def make(run: Path) -> Path:
     return run
 
 
-def stage(name: str, inputs: Path, run: Path, *overrides: str) -> Task:
-    """A stage that starts from the folder `inputs` and writes to `run`."""
+def settings(name: str, inputs: Path) -> list[str]:
+    """Of a stage that starts from the folder `inputs`."""
     block = {"sft": "conversations", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}[name]
     source = [f"{block}=json", f"{block}.path={inputs}/{block}.jsonl"]
     source += ["question=ab?"] if name == "sft" else [f"{block}.held_out=0.1"]
-    made = Stage.of(compose(name, [f"run={run}", f"inputs={inputs}", *source, *COMMON, *overrides]))
+    return [f"inputs={inputs}", *source, *COMMON]
+
+
+def stage(name: str, inputs: Path, run: Path, *overrides: str) -> Task:
+    """A stage that starts from the folder `inputs` and writes to `run`."""
+    made = Stage.of(compose(name, [f"run={run}", *settings(name, inputs), *overrides]))
     assert isinstance(made, Task)
     return made
 

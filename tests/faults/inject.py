@@ -36,7 +36,8 @@ class Fault:
     at: str
     """The point: `start`, `joined`, `prepare`, `data`, `forward`, `loss`, `gradient`, `backward`, `step`,
     `weights`, `stepped`, `validation`, or of saving: `save:folder`, `save:shard`, `save:manifest`,
-    `save:rename`, `save:latest`, `save:delete`."""
+    `save:rename`, `save:latest`, `save:delete`. Of PPO also `answers`, some of which are sampled, and
+    `step:critic`: by then the policy is updated."""
     do: str
     """A name in `DEEDS`."""
     step: int = 0
@@ -132,6 +133,7 @@ class Injector:
         self.rank = int(names.get("RANK", names.get("SLURM_PROCID", "0")))
         self.faults = [fault for fault in faults if fault.rank in (None, self.rank)]
         self.attempt, self.step, self.deleting = attempt, 0, 0
+        self.roles: dict[Any, str] = {}
         self.journal = None
         if journal is not None:
             os.environ[JOURNAL] = str(journal)
@@ -166,16 +168,14 @@ class Injector:
 
     def arm(self) -> None:
         """Patches what a training stage calls."""
+        from megachat.align import rollout
         from megachat.parallel.engine import Engine
         from megachat.train import loop
-        from megachat.train.pretrain import Pretrain
 
+        self._patch(loop, "fit", self._fit)
         self._around(loop, "start", "start", "joined")
-        self._around(Pretrain, "prepare", "prepare")
-        self._around(Pretrain, "measure", "validation")
+        self._around(rollout, "generate", "", "answers")
         self._around(Engine, "__call__", "forward")
-        self._patch(Pretrain, "batches", self._batches)
-        self._patch(Pretrain, "loss", self._loss)
         self._patch(Engine, "backward", self._backward)
         self._patch(Engine, "step", self._engine_step)
         self._patch(loop, "train_step", self._train_step)
@@ -191,7 +191,8 @@ class Injector:
 
     def _around(self, owner: Any, name: str, before: str, after: str = "") -> None:
         def around(original: Any, *arguments: Any, **named: Any) -> Any:
-            self.reach(before)
+            if before:
+                self.reach(before)
             result = original(*arguments, **named)
             if after:
                 self.reach(after)
@@ -199,9 +200,20 @@ class Injector:
 
         self._patch(owner, name, around)
 
+    def _fit(self, original: Any, task: Any) -> None:
+        """Only now it is known which stage it is."""
+        stage = type(task)
+        self._around(stage, "prepare", "prepare")
+        self._around(stage, "measure", "validation")
+        self._patch(stage, "batches", self._batches)
+        self._patch(stage, "loss", self._loss)
+        original(task)
+
     def _batches(self, original: Any, task: Any, run: Any) -> Any:
-        for batches in original(task, run):
-            self.step = run.progress.step + 1
+        steps = original(task, run)
+        while True:
+            self.step = run.progress.step + 1  # already now: PPO samples the answers of this step
+            batches = next(steps)
             self.reach("data")
             yield batches
 
@@ -233,6 +245,7 @@ class Injector:
             def step(*arguments: Any, **named: Any) -> Any:
                 result = optimizer._unharmed(*arguments, **named)
                 self.reach("step")
+                self.reach(f"step:{self.roles[engine]}")
                 return result
 
             optimizer.step = step
@@ -248,10 +261,11 @@ class Injector:
         parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << bit)
 
     def _train_step(self, original: Any, task: Any, run: Any, batches: Any, *more: Any, **named: Any) -> Any:
+        self.roles = {engine: role for role, engine in run.engines.items()}
         samples = [
             hashlib.blake2b(row.numpy().tobytes(), digest_size=6).hexdigest()
             for batch in batches
-            for row in batch.inputs.cpu()
+            for row in (batch.inputs if hasattr(batch, "inputs") else batch.rows.tokens).cpu()
         ]
         result = original(task, run, batches, *more, **named)
         self.note("step", step=run.progress.step + 1, samples=samples)

@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from tests.align import tiny
 from tests.faults import inject
 from tests.faults.inject import Fault
 from tests.spawn import context, environment, free_port
@@ -91,7 +92,7 @@ class Story:
     @property
     def finished(self) -> bool:
         """Whether the stage is done."""
-        return (self.job.run / "pretrain" / "done.json").is_file()
+        return (self.job.stage / "done.json").is_file()
 
     def costs(self) -> list[tuple[int, float | None]]:
         """Of each attempt but the last: steps taken twice, seconds from its fault to the first new step."""
@@ -123,7 +124,7 @@ class Job:
     folder: Path
     """The run folder is `folder/run`; what the ranks print and note lies beside it."""
     inputs: Path
-    """A run folder with token shards."""
+    """A run folder with what the stage reads."""
     settings: Sequence[str] = ()
     ranks: int = 2
     patience: float = 120.0
@@ -132,6 +133,8 @@ class Job:
     """Seconds that ranks have to end by themselves once one has failed."""
     variables: dict[str, str] = field(default_factory=dict)
     """Further environment variables."""
+    name: str = "pretrain"
+    """The stage."""
 
     def __post_init__(self) -> None:
         self.story = Story(self, [])
@@ -144,7 +147,7 @@ class Job:
     @property
     def stage(self) -> Path:
         """The folder of its only stage."""
-        return self.run / "pretrain"
+        return self.run / self.name
 
     def go(
         self,
@@ -171,14 +174,11 @@ class Job:
             "journal": str(self.folder / "journal"),
             "attempt": number,
         }
-        command = [
-            "pretrain",
-            "model=gpt_3m",
-            *TINY,
-            f"run={self.run}",
-            f"inputs={self.inputs}",
-            *self.settings,
-        ]
+        if self.name == "pretrain":
+            usual = ["model=gpt_3m", *TINY, f"inputs={self.inputs}"]
+        else:
+            usual = tiny.settings(self.name, self.inputs)
+        command = [self.name, *usual, f"run={self.run}", *self.settings]
         port = free_port()
         for rank in range(self.ranks):
             variables = environment(rank, self.ranks, port, "cpu") | self.variables
@@ -226,13 +226,17 @@ def be_rank(plan: dict[str, Any], command: list[str], variables: dict[str, str],
 
 
 def weights(run: Path) -> str:
-    """The sha256 of all tensors of the newest checkpoint, whatever files they are in."""
-    stage = run / "pretrain" / "checkpoints"
+    """The sha256 of all tensors of pretraining's newest checkpoint, whatever files they are in."""
+    return hashlib.sha256(json.dumps(tensors(run / "pretrain"), sort_keys=True).encode()).hexdigest()
+
+
+def tensors(stage: Path) -> dict[str, str]:
+    """The sha256 of each tensor of a stage's newest checkpoint."""
     found = {}
-    newest = sorted(path for path in stage.glob("step-*") if path.suffix != ".tmp")[-1]
+    newest = sorted(path for path in (stage / "checkpoints").glob("step-*") if path.suffix != ".tmp")[-1]
     for path in newest.glob("*.safetensors"):
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118
                 found[name] = hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest()
     assert found, f"{newest} holds no tensors"
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return found
