@@ -4,6 +4,7 @@ A batch of 8 samples on 3 data ranks is 3, 3 and 2. Sampled answers are the same
 losses of PPO's policy and critic can be compared as those of other stages can.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +69,24 @@ def two_by_two(inputs: Path, run: Path, steps: int) -> None:
     train(inputs, run, steps, "parallel=zero2_tp2")
 
 
+def go_on(leg: Callable[..., None], inputs: Path, run: Path, since: int, steps: int) -> None:
+    """A leg that starts at step `since`: every row up to it stays as it is, with its times, to the byte."""
+    metrics = {name: run / name / name / "metrics.jsonl" for name in STAGES}
+    earlier = {name: path.read_text() for name, path in metrics.items()}
+    leg(inputs=inputs, run=run, steps=steps)
+    for name, kept in earlier.items():
+        assert len(kept.splitlines()) == since, name
+        assert metrics[name].read_text().startswith(kept), f"{name} started over"
+        assert [row["step"] for row in tiny.rows(run / name, name)][since:] == [*range(since + 1, steps + 1)]
+
+
 @pytest.mark.slow
 def test_every_stage_moves_from_three_ranks_to_two_by_two_to_one(inputs: Path, tmp_path: Path) -> None:
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
     alone(inputs=inputs, run=undisturbed, steps=6)
     on_three(inputs=inputs, run=moved, steps=2)
-    two_by_two(inputs=inputs, run=moved, steps=4)
-    alone(inputs=inputs, run=moved, steps=6)
+    go_on(two_by_two, inputs, moved, since=2, steps=4)
+    go_on(alone, inputs, moved, since=4, steps=6)
     for name in STAGES:
         expected, found = tiny.rows(undisturbed / name, name), tiny.rows(moved / name, name)
         assert [row["step"] for row in found] == list(range(1, 7)), name
