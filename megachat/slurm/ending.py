@@ -10,6 +10,8 @@ MISTAKE = 2
 """The exit status of settings that do not decode."""
 STOPS = 10
 """How many restarts in a row may be asked to stop before they have left a newer checkpoint."""
+HUNG = 87
+"""The exit status of a rank that stood still, whoever it waited for."""
 UNFIT = 70
 """The exit status of a rank whose node has not passed the tests before training."""
 

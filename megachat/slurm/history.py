@@ -26,6 +26,8 @@ class Attempt:
     failed: bool = True
     """Until it is known better: one whose node died cannot say how it ended."""
     unfit: list[str] = field(default_factory=list)
+    culprit: str = ""
+    """The node of the rank that was the first to end badly, if that was one alone, and not rank 0."""
     last_lines: list[str] = field(default_factory=list)
     """The end of what the ranks said, unless all is done."""
 
@@ -85,6 +87,11 @@ class History:
             after = one.step
             count += index > 0
         return count
+
+    def suspect(self) -> str:
+        """The node that was the culprit of the last two attempts, both failed; empty if none was."""
+        nodes = {one.culprit if one.failed else "" for one in self.attempts[-2:]}
+        return nodes.pop() if len(nodes) == 1 < len(self.attempts) else ""
 
 
 def newest_step(folder: Path) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megachat.slurm import meet
-from megachat.slurm.ending import MISTAKE, UNFIT, Done, Facts, GiveUp, Requeue, ending, spent
+from megachat.slurm.ending import HUNG, MISTAKE, UNFIT, Done, Facts, GiveUp, Requeue, ending, spent
 from megachat.slurm.heartbeat import Limits, Watch, identity
 from megachat.slurm.history import History, newest_step
 
@@ -145,6 +145,11 @@ class Ranks:
         nodes, ranks, how = self.failures[0]
         return f"rank {ranks} on {nodes}: {how[0].lower()}{how[1:]}"
 
+    def culprits_node(self) -> str:
+        """Where it ran; empty for rank 0, which makes mistakes of its own, for several, and after a hang."""
+        nodes, ranks, _ = self.failures[0] if self.failures else ("", "", "")
+        return nodes if ranks.isdigit() and ranks != "0" and not self.ended_with(HUNG) else ""
+
     def ended_with(self, *codes: int) -> list[str]:
         """Nodes on which a rank ended with one of these exit statuses, in Slurm's short form."""
         ends = tuple(f"exit code {code}" for code in codes)
@@ -217,6 +222,7 @@ def main() -> None:
     what = ending(facts)
     last = history.attempts[-1]
     last.unfit, last.last_lines = unfit, [] if isinstance(what, Done) else list(ranks.lines)
+    last.culprit = "" if hung else ranks.culprits_node()
     history.end("done" if isinstance(what, Done) else what.reason, isinstance(what, Requeue) and what.failed)
     if job.current() and not facts.taken:
         keep(history, path)
@@ -230,6 +236,9 @@ def main() -> None:
             say(job, f"{stage} {job.fewer(int(fewest), most)}")
         say(job, f"{stage} ends here, {step_in_words(step)}: {what.reason}")
         sys.exit(code if 0 < code < 128 else 1)
+    if not unfit and (suspect := history.suspect()):
+        say(job, f"{suspect} has ended two attempts in a row, and is taken for unfit")
+        unfit = [suspect]
     requeue(job, stage, f"{step_in_words(step)}: {what.reason}", unfit)
 
 

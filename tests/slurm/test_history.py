@@ -66,6 +66,26 @@ def test_every_fruitless_restart_counts_however_many_there_are(tmp_path: Path) -
     assert path.read_text().count("Traceback") == KEPT
 
 
+@pytest.mark.parametrize(
+    ("attempts", "suspect"),
+    [
+        ([("b", FAILED)], ""),
+        ([("b", FAILED), ("b", FAILED)], "b"),
+        ([("a", FAILED), ("b", FAILED), ("b", FAILED)], "b"),
+        ([("b", FAILED), ("a", FAILED)], ""),
+        ([("b", FAILED), ("b", ASKED), ("b", FAILED)], ""),
+        ([("", FAILED), ("", FAILED)], ""),  # rank 0, or several at once
+    ],
+)
+def test_a_node_that_ends_two_attempts_in_a_row_is_suspect(
+    attempts: list[tuple[str, bool]], suspect: str
+) -> None:
+    history = after(*((-1, failed) for _, failed in attempts))
+    for one, (node, _) in zip(history.attempts, attempts, strict=True):
+        one.culprit = node
+    assert history.suspect() == suspect
+
+
 def test_attempts_of_another_job_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "restarts.json"
     after((-1, FAILED), (-1, FAILED)).write(path)

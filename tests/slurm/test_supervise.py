@@ -34,6 +34,20 @@ def test_a_node_that_does_not_see_the_program_is_unfit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "node"),
+    [
+        ("task 3: Killed", "node2"),
+        ("task 0: Killed", ""),
+        ("tasks 0-3: Killed", ""),
+        ("task 3: Exited with exit code 87", ""),  # it stood still, perhaps waiting for another
+    ],
+)
+def test_one_rank_that_ends_first_points_to_its_node_unless_it_is_rank_0(first: str, node: str) -> None:
+    later = "srun: error: node1: task 5: Exited with exit code 1"
+    assert ended(f"srun: error: node2: {first}", later).culprits_node() == node
+
+
+@pytest.mark.parametrize(
     ("nodes", "tasks", "count"),
     [
         (1, "4", 4),  # sbatch --ntasks=4
