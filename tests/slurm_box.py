@@ -99,6 +99,6 @@ def cluster(nodes: int = 2) -> Iterator[Slurm]:
 def idle(slurm: Slurm) -> int:
     """How many nodes wait for work; none as long as nobody answers."""
     try:
-        return slurm.call("sinfo", "-h", "-N", "-t", "idle").count("\n")
+        return slurm.call("sinfo", "-h", "-N", "-p", "main", "-t", "idle").count("\n")
     except (subprocess.SubprocessError, OSError):
         return 0

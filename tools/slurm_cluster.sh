@@ -4,6 +4,7 @@
 #   eval "$(tools/slurm_cluster.sh env)"           then sbatch, squeue and scontrol talk to it
 #   tools/slurm_cluster.sh status
 #   tools/slurm_cluster.sh run srun -N 2 hostname  a command inside: srun, started outside, cannot be called back
+#   sbatch --partition=urgent ...                  a job that takes the place of others when it needs their nodes
 #   tools/slurm_cluster.sh kill-node 2             pulls the plug: all its processes die at once
 #   tools/slurm_cluster.sh hang-node 2             freezes them; thaw-node 2 lets them go on
 #   tools/slurm_cluster.sh kill-slurmd 2           the node's daemon alone: its tasks live on
@@ -132,7 +133,11 @@ UnkillableStepTimeout=15
 MinJobAge=3600
 # A job's number decides on which port its ranks meet: two boxes on one machine must not agree on it.
 FirstJobId=$((RANDOM % 12000 + 1))
-PartitionName=main Nodes=ALL Default=YES State=UP
+# A job in \`urgent\` takes the place of others: asked to stop, they have the grace time, and wait.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
 NodeName=$nodes NodeHostname=localhost NodeAddr=127.0.0.1 Port=${ports#*,} CPUs=$CPUS
 CONF
 }
@@ -169,7 +174,7 @@ serve() {                               # in the foreground: dies with its paren
     exec setpriv --pdeathsig KILL unshare --uts --pid --mount-proc --fork --kill-child "$self" box \
         </dev/null >>"$BOX/box.log" 2>&1
 }
-idle() { timeout 5 sinfo -h -N -t idle -o %N 2>/dev/null | wc -l; }
+idle() { timeout 5 sinfo -h -N -p main -t idle -o %N 2>/dev/null | wc -l; }
 wait_until_idle() {
     local until=$((SECONDS + 60))
     while (( SECONDS < until )); do
