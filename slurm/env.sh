@@ -18,6 +18,7 @@ export TORCH_EXTENSIONS_DIR=${TMPDIR:-/tmp}/$UID/torch_extensions
 # settings), a minute later the job ends them; MEGACHAT_HANG_SECONDS puts a time of its own in the place of that.
 export MEGACHAT_START_SECONDS=${MEGACHAT_START_SECONDS:-3600}  # until the ranks give their first sign of life
 export MEGACHAT_STOP_SECONDS=${MEGACHAT_STOP_SECONDS:-240}     # to take the last step and save; less than --signal says
+export MEGACHAT_END_SECONDS=${MEGACHAT_END_SECONDS:-120}       # for all to end when one rank has; longer than KillWait
 export MEGACHAT_RESTARTS=${MEGACHAT_RESTARTS:-3}               # in a row that fail and leave no newer checkpoint
 
 # export MEGACHAT_MIN_NODES=2           # after the death of a node a job starts again on as few as these

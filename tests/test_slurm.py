@@ -403,6 +403,14 @@ def test_when_the_node_of_the_batch_script_dies_another_takes_its_place(
 
 
 @pytest.mark.usefixtures("mended")
+def test_a_node_that_reboots_before_slurm_notices_ends_the_attempt(undisturbed: Trial, trial: Trial) -> None:
+    since = trial.start(MEGACHAT_END_SECONDS="8").until(5)
+    trial.slurm.box("restart-node", trial.nodes()[1])  # of the first, that of the batch script, Slurm learns
+    trial.survived("5 a node reboots at once", since, undisturbed)
+    assert "srun does not end in 8 s after a rank has" in trial.said()
+
+
+@pytest.mark.usefixtures("mended")
 def test_a_rank_that_outlives_its_node_daemon_trains_beside_the_new_one_and_saves_nothing(
     undisturbed: Trial, trial: Trial
 ) -> None:

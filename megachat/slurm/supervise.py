@@ -272,10 +272,10 @@ def requeue(job: Job, stage: str, why: str, unfit: Sequence[str]) -> NoReturn:
 
 def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_request: Callable[[], None]) -> str:
     """Until the ranks have ended. Where they stood still, if they had to be killed for that."""
-    patience = seconds("STOP") or 240.0
+    patience, grace = seconds("STOP") or 240.0, seconds("END") or 120.0
     watch = Watch(folder / "heartbeat.json", Limits(seconds("START") or 3600.0, seconds("HANG")))
     told = False
-    until = float("inf")
+    until = over = float("inf")
     while True:
         try:
             ranks.process.wait(0.5)
@@ -295,6 +295,13 @@ def watch_over(job: Job, ranks: Ranks, folder: Path, asked: list[str], on_reques
             say(job, f"{hung}: its ranks are killed")
             ranks.end(job)
             return hung
+        # Of a rank whose node has rebooted before Slurm noticed, srun waits for news for ever.
+        if ranks.failures:
+            over = min(over, time.monotonic() + grace)
+        if time.monotonic() > over:
+            say(job, f"srun does not end in {grace:g} s after a rank has: it is killed")
+            ranks.end(job)
+            return ""
 
 
 def budget() -> int:

@@ -114,6 +114,17 @@ def test_ranks_of_a_newer_start_are_not_signalled(monkeypatch: pytest.MonkeyPatc
     assert told == ["scancel", "--signal=KILL", "7.0"]
 
 
+def test_srun_is_not_waited_for_for_ever_after_a_rank_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGACHAT_END_SECONDS", "1")
+    ranks = Ranks(["bash", "-c", "echo srun: error: node1: task 0: Killed >&2; exec sleep 100"])
+    monkeypatch.setattr(Job, "signal_ranks", lambda *_: ranks.process.kill())
+    assert supervise.watch_over(job(0), ranks, tmp_path, [], lambda: None) == ""
+    assert ranks.process.returncode == -9
+    assert "srun does not end in 1 s" in capfd.readouterr().err
+
+
 @pytest.fixture
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Nodes that jobs have left out when they were requeued."""
