@@ -36,8 +36,9 @@ class Fault:
     at: str
     """The point: `start`, `joined`, `prepare`, `data`, `forward`, `loss`, `gradient`, `backward`, `step`,
     `weights`, `stepped`, `validation`, or of saving: `save:folder`, `save:shard`, `save:manifest`,
-    `save:rename`, `save:latest`, `save:delete`. Of PPO also `answers`, some of which are sampled, and
-    `step:critic`: by then the policy is updated."""
+    `save:rename`, `save:latest`, `save:delete`; before and after memory is taken for
+    what is written in the background: `host`, `hosted`. Of PPO also `answers`, some of which are sampled,
+    and `step:critic`: by then the policy is updated."""
     do: str
     """A name in `DEEDS`."""
     step: int = 0
@@ -87,6 +88,20 @@ def limit_files(fault: Fault, how: Any = signal.SIG_DFL) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.value), resource.RLIM_INFINITY))
 
 
+def limit_memory(fault: Fault) -> None:
+    """From now on this process can have `value` bytes more than it has."""
+    ctypes.CDLL(None).malloc_trim(0)  # nor what it has freed and kept
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + int(fault.value)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def unlimit(_: Fault) -> None:
+    """What `limit`, `full` and `memory` have done is over."""
+    for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS):
+        resource.setrlimit(what, (resource.getrlimit(what)[1],) * 2)
+
+
 def shift_clock(fault: Fault) -> None:
     """This rank's clock is wrong."""
     real, real_ns = time.time, time.time_ns
@@ -117,7 +132,8 @@ DEEDS: dict[str, Callable[[Fault], Any]] = {
     "signal": lambda fault: os.kill(os.getpid(), int(fault.value)),
     "limit": limit_files,
     "full": lambda fault: limit_files(fault, signal.SIG_IGN),
-    "unlimit": lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2),
+    "memory": limit_memory,
+    "unlimit": unlimit,
     "clock": shift_clock,
     "io": fail_io,
     "poison": nothing,
@@ -170,8 +186,10 @@ class Injector:
         """Patches what a training stage calls."""
         from megachat.align import rollout
         from megachat.parallel.engine import Engine
+        from megachat.parallel.saving import Saver
         from megachat.train import loop
 
+        self._around(Saver, "_has_host", "host", "hosted")
         self._patch(loop, "fit", self._fit)
         self._around(loop, "start", "start", "joined")
         self._around(rollout, "generate", "", "answers")
