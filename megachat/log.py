@@ -205,7 +205,10 @@ class Recorder:
             act()
         except Exception as why:
             self.wandb = None
-            say(f"ALARM: {self.stage.name}: W&B fails ({why!r}) and is told nothing more; the run goes on")
+            say(
+                f"ALARM: {self.stage.name}: W&B fails ({why!r}) and is told nothing more; the run goes on, "
+                f"and its figures are in {self.stage.folder / 'metrics.jsonl'}"
+            )
 
     def sample(self, step: int, text: str | None) -> None:
         """Something the model wrote at a step."""

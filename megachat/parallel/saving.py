@@ -216,9 +216,13 @@ class Saver:
             return
         if self.background and self._has_host():
             copies = self._copies()
-            save.thread = threading.Thread(target=self._write, args=(save, copies), daemon=True)
-            save.thread.start()
             self._pending = save
+            thread = threading.Thread(target=self._write, args=(save, copies), daemon=True)
+            try:
+                thread.start()
+                save.thread = thread
+            except RuntimeError as error:  # as many as this process may have; the other ranks write
+                save.problem = str(error)
         else:
             self._write(save, share := self._share())
             deque(share, maxlen=0)  # after a failure the other ranks still gather what is left
@@ -227,14 +231,15 @@ class Saver:
     def ready(self) -> bool:
         """Whether every rank has written its share of the checkpoint in the background: time to `finish`."""
         save = self._pending
-        return save is not None and save.thread is not None and self.mesh.all(not save.thread.is_alive())
+        return save is not None and self.mesh.all(save.thread is None or not save.thread.is_alive())
 
     def finish(self) -> None:
         """Waits for the checkpoint in the background, if there is one, and completes it."""
         save, self._pending = self._pending, None
-        if save is not None and save.thread is not None:
+        if save is not None:
             with self._stall():
-                save.thread.join()
+                if save.thread is not None:
+                    save.thread.join()
                 self._commit(save)
 
     @contextmanager
@@ -297,8 +302,8 @@ class Saver:
         try:
             save.files = write_tensors(save.folder, tensors, self.mesh.rank)
             save.problem = ""
-        except OSError as error:
-            save.problem = str(error)
+        except (OSError, MemoryError, RuntimeError) as error:  # torch has no memory, either
+            save.problem = str(error) or type(error).__name__
 
     def _make_room(self, save: _Save) -> None:
         self.attempt.check(self.folder.parent)

@@ -329,6 +329,40 @@ def test_a_start_that_froze_while_it_loaded_changes_nothing_when_it_thaws(tiny: 
 
 
 @on_ranks(2)
+def test_a_rank_that_cannot_start_its_writer_or_has_no_memory_for_it_is_named_and_the_next_save_succeeds(
+    tiny: Path, tmp_path: Path
+) -> None:
+    writes = saver(tiny, tmp_path, background=True)
+    told: list[str] = []
+    saving.say = told.append  # type: ignore[assignment]
+    start_thread, write = threading.Thread.start, saving.write_tensors
+
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def no_memory(*_: Any) -> saving.Files:
+        raise MemoryError
+
+    for step, background in enumerate((True, True, False), start=1):
+        writes.background = background
+        if writes.mesh.rank == 1:
+            threading.Thread.start = no_thread if step == 1 else start_thread  # type: ignore[method-assign]
+            saving.write_tensors = no_memory if step > 1 else write
+        writes.save({"step": step})
+        writes.finish()
+        assert writes.step is None
+    threading.Thread.start, saving.write_tensors = start_thread, write  # type: ignore[method-assign]
+    writes.save({"step": 4})
+    writes.finish()
+    assert writes.step == 4
+    alarms = [f"step {step} could not be written: rank 1: {why}" for step, why in REASONS.items()]
+    assert [text for text, alarm in zip(told, alarms, strict=True) if alarm not in text] == []
+
+
+REASONS = {1: "can't start new thread", 2: "MemoryError", 3: "MemoryError"}
+
+
+@on_ranks(2)
 def test_without_memory_for_a_copy_on_one_rank_all_save_in_the_foreground(tiny: Path, tmp_path: Path) -> None:
     writes = saver(tiny, tmp_path, background=True)
     told: list[str] = []
