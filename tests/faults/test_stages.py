@@ -99,10 +99,10 @@ def test_a_rank_that_dies_costs_at_most_the_steps_since_the_last_save(
     survived(f"1 a rank of {name} dies", story, undisturbed(name), saved, limit=INTERVAL)
 
 
-def test_ppo_when_asked_to_stop_takes_the_rollout_to_its_end_and_costs_no_step(
+def test_ppo_when_asked_to_stop_learns_from_the_answers_it_has_waits_for_no_others_and_loses_no_step(
     inputs: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """Also in the last one: what follows is validation alone."""
+    """Also in the last rollout: what follows is validation alone."""
     job = Job(tmp_path, inputs, [*SETTINGS["ppo"], "checkpoint_background=true"], name="ppo")
     story = job.go(
         [Fault("backward", "signal", step=2, rank=1, value=signal.SIGUSR1)],
@@ -110,9 +110,9 @@ def test_ppo_when_asked_to_stop_takes_the_rollout_to_its_end_and_costs_no_step(
         [Fault("step:critic", "signal", step=11, value=signal.SIGUSR1)],
     )
     assert [attempt.codes for attempt in story.attempts] == [[0, 0]] * 4
-    for attempt, step in zip(story.attempts, (4, 8, 12), strict=False):
+    for attempt, step in zip(story.attempts, (4, 4, 12), strict=False):
         assert f"asked to stop; saved at step {step}" in attempt.printed(), attempt.said
-    survived("9 signal in PPO", story, undisturbed("ppo"), [4, 8, 12], limit=0)
+    survived("9 signal in PPO", story, undisturbed("ppo"), [4, 4, 12], limit=0)
 
 
 def test_both_models_of_ppo_learn(inputs: Path, undisturbed: Undisturbed) -> None:
