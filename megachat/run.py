@@ -111,7 +111,12 @@ class Stage(Config):
 
     def input(self, stage: str) -> Path:
         """The folder of a finished earlier stage."""
-        folder = self.source(stage)
+        folder, own = self.source(stage), self.run / stage
+        if folder != own and any((own / name).exists() for name in ("config.yaml", "attempt.json")):
+            raise ValueError(
+                f"{self.name} reads the output of `{stage}`, which was begun in {own} and has not finished; "
+                f"run `megachat {stage} run={self.run}` to its end, or delete {own} to read that of {folder}"
+            )
         if not finished(folder):
             places = " or ".join(dict.fromkeys([str(self.run), str(self.inputs)]))
             raise ValueError(
@@ -205,6 +210,12 @@ def begin(stage: Stage) -> bool:
         stage.input(name)
     done = finished(stage.folder)
     if done.get("fingerprint") == stage.fingerprint():
+        lost = [stage.folder / name for name in done["outputs"] if not (stage.folder / name).exists()]
+        if lost and not stage.trains:  # old checkpoints are anybody's to delete
+            raise ValueError(
+                f"`{stage.name}` has finished, and {lost[0]} is missing; put it back, or delete "
+                f"{stage.folder} to make all of it again"
+            )
         say(f"{stage.name}: already finished in {stage.folder}, and nothing has changed since")
         return False
     if done and stage.continues:
@@ -216,7 +227,9 @@ def begin(stage: Stage) -> bool:
         aside.parent.mkdir(parents=True, exist_ok=True)
         stage.folder.rename(aside)
         stage._aside = aside
-        say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}")
+        changed = differences(done["made_of"], stage.made_of()) if "made_of" in done else []
+        listed = "".join(f"\n  {line}" for line in changed)
+        say(f"{stage.name}: settings or inputs have changed; what they had made is now in {aside}{listed}")
     return True
 
 
@@ -304,5 +317,11 @@ def finish(stage: Stage, seconds: float) -> None:
     for path in sorted(stage.folder.rglob("*")):
         if path.is_file() and path.name not in APART and path.suffix not in (".safetensors", ".tmp"):
             outputs[str(path.relative_to(stage.folder))] = sha256(path)
-    record = {"fingerprint": stage.fingerprint(), "seconds": round(seconds, 3), "outputs": outputs}
-    write_json(stage.folder / "done.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    record = {
+        "fingerprint": stage.fingerprint(),
+        "seconds": round(seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "outputs": outputs,
+        "made_of": stage.made_of(),
+    }
+    write_json(stage.folder / "done.json", record)

@@ -37,10 +37,23 @@ def test_a_finished_stage_is_done_again_when_a_setting_or_a_file_has_changed(run
     assert begin(clean(run))
 
 
-def test_what_other_settings_made_is_set_aside(run: Path, text: Path) -> None:
+def test_a_finished_stage_that_has_lost_a_file_says_how_to_make_it_again(run: Path, text: Path) -> None:
+    perform(clean(run))
+    lost = next(run.glob("clean/text-*"))
+    lost.unlink()
+    with pytest.raises(
+        ValueError, match=rf"`clean` has finished, and {lost} is missing; .* delete {run}.clean"
+    ):
+        begin(clean(run))
+
+
+def test_what_other_settings_made_is_set_aside(
+    run: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     perform(clean(run))
     before = finished(run / "clean")
     perform(clean(run, "shards=7"))
+    assert "\n  shards: 0 -> 7\n" in capsys.readouterr().err
     (aside,) = (run / "replaced").iterdir()
     assert finished(aside) == before
     assert yaml.safe_load((aside / "config.yaml").read_text())["shards"] == 0
@@ -93,6 +106,21 @@ def test_a_stage_reads_its_own_run_first_and_what_that_lacks_from_inputs(run: Pa
         finish(folder)
     stage = Stage.of(compose("encode", [f"run={run}", f"inputs={lender}"]))
     assert stage.input("clean") == lender / "clean"
+    assert stage.input("tokenizer") == run / "tokenizer"
+
+
+def test_a_stage_that_was_begun_here_is_not_read_from_inputs_without_a_word(run: Path) -> None:
+    other = run.parent / "other"
+    finish(other / "tokenizer")
+    stage = Stage.of(compose("encode", [f"run={run}", f"inputs={other}"]))
+    assert stage.input("tokenizer") == other / "tokenizer"
+    (run / "tokenizer").mkdir(parents=True)
+    (run / "tokenizer" / "config.yaml").touch()
+    with pytest.raises(
+        ValueError, match=r"was begun in .* and has not finished; run `megachat tokenizer run="
+    ):
+        stage.input("tokenizer")
+    finish(run / "tokenizer")
     assert stage.input("tokenizer") == run / "tokenizer"
 
 

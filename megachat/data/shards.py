@@ -150,7 +150,7 @@ class Shard:
         for path in (index, binary):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; `megachat encode` writes it")
-        again = "; run `megachat encode` again, or copy the file again"
+        again = "; copy the file again, or delete the folder and run `megachat encode` again"
         with index.open("rb") as file:
             header = file.read(HEADER.size)
             if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:

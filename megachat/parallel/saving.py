@@ -187,8 +187,11 @@ class Saver:
                 remove(left)
 
     def due(self, step: int) -> bool:
-        """Whether the interval is over since the last one was begun."""
-        return bool(self.interval) and step - self.tried >= self.interval
+        """Whether a multiple of the interval has come since the last one was begun.
+
+        Its multiples, wherever the run went on from: `keep_every` keeps checkpoints by their step.
+        """
+        return bool(self.interval) and step // self.interval > self.tried // self.interval
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Begins a checkpoint; when it does not write in the background, ends it, too.
@@ -309,6 +312,11 @@ class Saver:
         self.attempt.check(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove(save.folder)  # a failed one of the same step
+        if shutil.disk_usage(self.folder).free < self._bytes and len(whole := steps(self.folder)) > 1:
+            say(
+                f"{self.folder} has no room for one more checkpoint: all but the newest are deleted before it"
+            )
+            self._prune(whole[-1], keep=1)
         free = shutil.disk_usage(self.folder).free
         if free < self._bytes:
             raise OSError(f"it takes {self._bytes:,} bytes, and {free:,} are free in {self.folder}")
@@ -369,13 +377,13 @@ class Saver:
         try:
             for path in (self.folder.parent / SAVED, self.folder / LATEST):
                 write_json(path, {"checkpoint": target.name, "step": save.step})
-            self._prune(target)
+            self._prune(target, self.keep)
         except OSError as error:
             say(f"the checkpoint {target} is complete, but not all around it: {error}")
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self, newest: Path, keep: int) -> None:
         """Deletes all but the last `keep`, and what is kept for good."""
-        for old in steps(self.folder)[: -self.keep]:
+        for old in steps(self.folder)[:-keep]:
             if old != newest and not (self.keep_every and int(old.name[5:]) % self.keep_every == 0):
                 # Under another name: half deleted it must not look like a damaged one.
                 going = old.with_name(f"{old.name}.old.tmp")

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from megachat.config import Config
@@ -25,7 +25,14 @@ from megachat.log import append, is_main, rewrite, rows
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 
-Span = Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
+
+def _in_order(span: list[int]) -> list[int]:
+    if span[0] > span[1]:
+        raise ValueError(f"{span} ends before it begins; it is [first, last]")
+    return span
+
+
+Span = Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2), AfterValidator(_in_order)]
 """The numbers of the first and the last sample."""
 
 LEAST = 0.01

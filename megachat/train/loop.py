@@ -139,8 +139,8 @@ def check_shards(folder: Path, mesh: Mesh) -> None:
     wrong = first_damaged(sums, mesh.rank, mesh.world)
     if path := read_again(mesh, wrong, lambda path: sha256(path) == sums[path]):
         raise ValueError(
-            f"{path} is damaged: its sha256 is not what the manifest says; "
-            "copy the file again, or run the stage again that wrote it"
+            f"{path} is damaged: its sha256 is not what the manifest says; copy the file again, or delete "
+            f"{folder} and run the stage again that wrote it"
         )
 
 
@@ -228,11 +228,12 @@ class Task(Stage):
     max_steps: PositiveInt | None
     """Take at most so many optimizer steps, whatever the budget says; null takes all."""
     checkpoint_interval: NonNegativeInt
-    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    """Optimizer steps between checkpoints, which are of its multiples; 0 saves at the end only."""
     checkpoint_keep: PositiveInt
-    """How many checkpoints stay on disk: the newest ones."""
+    """How many checkpoints stay on disk: the newest ones. There must be room for one more, or, while there is
+    not, the older ones make way."""
     checkpoint_keep_every: NonNegativeInt
-    """Those whose step is a multiple of this stay for good, too; 0 for none."""
+    """Those whose step is a multiple of this, and of the interval, stay for good, too; 0 for none."""
     checkpoint_background: bool
     """Write them while the training goes on, from a copy in host memory; it waits for the copy only."""
     validation_interval: NonNegativeInt
@@ -430,6 +431,10 @@ class Trainer:
             if run.notes:
                 self.recorder.row({"step": run.progress.step, **run.notes})
                 run.notes.clear()
+        if run.progress.step >= run.total:
+            say(
+                f"{task.name}: all of its {run.total:,} steps have been taken; there is nothing left to train"
+            )
         steps = task.batches(run)
         while run.progress.step < run.total and not stopping:
             run.watch.at("data", run.progress.step + 1)
@@ -612,7 +617,7 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
         run.progress.recent = [*run.progress.recent, sums["loss"] / weight][-task.guard.window :]
     run.progress.tokens += int(tokens)
     run.progress.samples += int(samples)
-    return {} if why else sums | {"weight": weight}
+    return {} if why else sums | {"weight": weight, "tokens": tokens}
 
 
 @dataclass(frozen=True)
@@ -677,7 +682,7 @@ class _Meter:
 
     def restart(self) -> None:
         self.sums: dict[str, float] = {}
-        self.since, self.tokens = time.monotonic(), self.run.progress.tokens
+        self.since = time.monotonic()
 
     def add(self, sums: dict[str, float], rate: float) -> None:
         self.rate = rate
@@ -687,7 +692,7 @@ class _Meter:
     def report(self, seconds: float) -> dict[str, float | int | None]:
         """The row to log; the sums start again."""
         weight = self.sums.pop("weight", None)  # None: all batches were skipped
-        speed = (self.run.progress.tokens - self.tokens) / (time.monotonic() - self.since)
+        speed = self.sums.pop("tokens", 0.0) / (time.monotonic() - self.since)
         peak = None if self.peak is None else self.peak * self.run.mesh.world
         row: dict[str, float | int | None] = {
             "step": self.run.progress.step,

@@ -11,7 +11,7 @@ import torch
 from megachat.align.pairs import collate, rendered
 from megachat.data.conversations import Message, Preference
 from megachat.tokenizer.tokenizer import Tokenizer
-from megachat.train.loop import Batch, measured, micro_batches, parts
+from megachat.train.loop import Batch, Progress, Running, measured, micro_batches, parts
 from tests.align import tiny
 
 
@@ -65,10 +65,19 @@ def some(items: Sequence[int]) -> Some:
     return Some(weight=10.0 * len(items), tokens=len(items), samples=len(items), items=list(items))
 
 
+class Apart(Running):
+    """On a rank whose others are not there."""
+
+    def pause(self) -> None:
+        """They cannot be asked whether to stop."""
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("data", [1, 2, 3, 5, 11])
-def test_what_is_measured_is_measured_once_in_equally_many_micro_batches(data: int, size: int):
-    dealt = [list(measured(range(8), size, tiny.place(data, rank), some)) for rank in range(data)]
+def test_what_is_measured_is_measured_once_in_equally_many_micro_batches(data: int, size: int, inputs: Path):
+    tokenizer = Tokenizer.load(inputs / "tokenizer")
+    runs = [Apart(tiny.place(data, rank), tokenizer, Progress()) for rank in range(data)]
+    dealt = [list(measured(range(8), size, run, some)) for run in runs]
     assert len({len(batches) for batches in dealt}) == 1
     found = [batch for batches in dealt for batch in batches if batch.samples]
     assert [item for batch in found for item in batch.items] == list(range(8))

@@ -189,7 +189,8 @@ def test_missing_and_damaged_files_are_refused_with_a_remedy(tmp_path: Path) -> 
     index, binary = tmp_path / "x.idx", tmp_path / "x.bin"
     data, ids = index.read_bytes(), binary.read_bytes()
     binary.write_bytes(ids[:-1])
-    with pytest.raises(ValueError, match=r"x\.bin holds 5 bytes, its index 6; run `megachat encode` again"):
+    remedy = "copy the file again, or delete the folder and run `megachat encode` again"
+    with pytest.raises(ValueError, match=rf"x\.bin holds 5 bytes, its index 6; {remedy}"):
         Shard(tmp_path / "x")
     binary.write_bytes(ids)
     for damaged, message in (

@@ -206,6 +206,36 @@ def test_the_last_checkpoints_stay_and_every_kth_for_good(tiny: Path, tmp_path: 
 
 
 @on_ranks(1)
+def test_multiples_of_the_interval_are_saved_wherever_a_run_goes_on_from(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, interval=10, step=27)
+    assert [step for step in range(28, 41) if writes.due(step)] == [*range(30, 41)]
+    writes.tried = 34  # only there it was a place to resume from
+    assert [step for step in range(35, 51) if writes.due(step)] == [*range(40, 51)]
+
+
+@on_ranks(1)
+def test_without_room_for_one_more_the_older_checkpoints_make_way(tiny: Path, tmp_path: Path) -> None:
+    writes = saver(tiny, tmp_path, keep=3, keep_every=2)
+    for step in range(1, 4):
+        writes.save({"step": step})
+    usage = shutil.disk_usage(tmp_path)
+
+    def full(folder: Path) -> Any:
+        """Of two checkpoints at the most, and one that is to stay."""
+        left = 3 - len(checkpoint.steps(folder))
+        return usage._replace(free=left * writes._bytes)
+
+    saving.shutil.disk_usage = full  # type: ignore[attr-defined]
+    writes.save({"step": 4})
+    assert writes.step == 4
+    assert names(tmp_path) == ["latest.json", *(f"step-{step:08d}" for step in (2, 3, 4))]
+    writes.save({"step": 5})
+    writes.save({"step": 6})  # neither 2 nor 4 makes way, nor the newest
+    assert writes.step == 5
+    assert names(tmp_path) == ["latest.json", *(f"step-{step:08d}" for step in (2, 4, 5))]
+
+
+@on_ranks(1)
 def test_a_run_that_was_rolled_back_writes_the_same_step_again(tiny: Path, tmp_path: Path) -> None:
     writes = saver(tiny, tmp_path)
     writes.save({"step": 1, "samples": 8})
