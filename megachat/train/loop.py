@@ -519,11 +519,12 @@ class Trainer:
         run.watch.at("validation")
         try:
             figures = self.task.measure(run)
+            run.watch.at("sample")
+            shown = self.task.show(run)
         except Stopped:
             return False
         run.notes |= {f"validation/{name}": value for name, value in figures.items()}
-        run.watch.at("sample")
-        self.recorder.sample(run.progress.step, self.task.show(run))
+        self.recorder.sample(run.progress.step, shown)
         run.progress.validated = run.progress.step
         return True
 

@@ -431,6 +431,23 @@ def test_a_rollout_is_not_waited_for_when_asked_to_stop(
     assert [row["step"] for row in tiny.rows(run, "ppo")] == list(range(1, 13))
 
 
+def test_a_stop_before_the_sample_of_a_validation_is_answered_too(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def measure(*_) -> dict[str, float]:
+        if not (run / "ppo" / "saved.json").exists():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return {"reward": 1.0}
+
+    monkeypatch.setattr(PPO, "measure", measure)
+    settings = [*tiny.ROLLOUTS, "rollouts=1"]
+    tiny.stage("ppo", inputs, run, *settings).execute()
+    assert not (run / "ppo" / "done.json").exists()
+    tiny.stage("ppo", inputs, run, *settings).execute()
+    assert (run / "ppo" / "done.json").exists()
+    assert tiny.rows(run, "ppo")[-1]["validation/reward"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
