@@ -63,9 +63,9 @@ def test_a_stopped_pipeline_stops_its_stage_which_saves_and_goes_on_later(run: P
         "stages=[pretrain]", f"overrides.pretrain=[{','.join(settings)}]",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 600
-    while not (run / "pretrain" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    metrics, deadline = run / "pretrain" / "metrics.jsonl", time.monotonic() + 600
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.2)  # until the first step's row is there
     process.send_signal(signal.SIGTERM)
     _, printed = process.communicate(timeout=600)
     assert process.returncode == 130
