@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from megachat.train.losses import IGNORE
+from megachat.model.cross_entropy import IGNORE
 
 
 def token_logps(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megachat.log import say
-from megachat.train.losses import IGNORE
+from megachat.model.cross_entropy import IGNORE
 
 T = TypeVar("T")
 

@@ -14,18 +14,17 @@ from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from megachat.align.logprobs import token_logps
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
 from megachat.data.conversations import Conversations, Encoded, Message, opening, share
 from megachat.data.loader import places
 from megachat.data.shards import read_split
 from megachat.log import say
+from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Sampling, generate
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
 from megachat.train.loop import Batch, Losses, Running, Task, check_shards, measured, micro_batches
-from megachat.train.losses import IGNORE
 
 
 @dataclass(frozen=True)
@@ -141,11 +140,10 @@ class SFT(Task):
 
     def loss(self, run: Running, batch: Said) -> Losses:
         """-log p, summed over what the assistant says."""
-        return Losses({"model": -self._logps(run.engines["model"], batch).sum()})
+        return Losses({"model": self._cost(run.engines["model"], batch)})
 
-    def _logps(self, model: Callable[..., Tensor], batch: Said) -> Float[Tensor, "batch seq"]:
-        logits = model(batch.inputs, batch.documents, where=batch.labels != IGNORE)
-        return token_logps(logits, batch.labels)
+    def _cost(self, model: Callable[..., Tensor], batch: Said) -> Float[Tensor, ""]:
+        return model(batch.inputs, batch.documents, where=batch.labels != IGNORE, labels=batch.labels)
 
     def measure(self, run: Running) -> dict[str, float]:
         """The loss per token on conversations that are not trained on."""
@@ -153,9 +151,9 @@ class SFT(Task):
         with run.engines["model"].inference() as model:
             held_out = run.data.held_out
             for batch in measured(held_out, self.micro_batch, run, lambda part: self._collate(part, run)):
-                logps = self._logps(model, batch)
+                cost = self._cost(model, batch)
                 if batch.samples:
-                    nats -= logps.sum().item()
+                    nats += cost.item()
                     tokens += batch.weight
         nats, tokens = run.mesh.sum(nats), run.mesh.sum(tokens)
         return {"loss": nats / tokens} if tokens else {}

@@ -9,22 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from megachat.data.loader import Window, documents_of
 from megachat.evals.score import Score, ratio
 from megachat.log import track
-
-
-def token_bits(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq"]:
-    """The bits each label costs: -log2 of its probability."""
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return nats.view_as(labels) / math.log(2)
 
 
 @torch.inference_mode()
@@ -46,9 +36,9 @@ def bits_per_byte(
         tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64)).to(device)
         documents = torch.from_numpy(documents_of(rows)).to(device)
         labels = tokens[:, 1:]
-        cost = token_bits(model(tokens[:, :-1], documents[:, :-1]), labels)  # batch seq
+        nats = model(tokens[:, :-1], documents[:, :-1], labels=labels, each=True)  # batch seq
         weights = lengths[labels]
-        bits.append(torch.where(weights > 0, cost, 0.0).double().sum(1).cpu().numpy())
+        bits.append(torch.where(weights > 0, nats / math.log(2), 0.0).double().sum(1).cpu().numpy())
         counts.append(weights.sum(1).cpu().numpy())
     return ratio(np.concatenate(bits), np.concatenate(counts), seed)
 

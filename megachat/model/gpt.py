@@ -3,7 +3,8 @@
 With `qk_norm` it computes what Qwen3 computes, without it what Llama does; the tests compare the logits.
 How long the vocabulary is, is the tokenizer's to say, so it is an argument of `build` and not a setting.
 Logits are most of a small model's work and most of any model's memory, so `forward` computes those that are
-asked for: with a cache the last position's, with `where` those of some positions.
+asked for: with a cache the last position's, with `where` those of some positions, and with `labels` none that
+outlive their loss.
 """
 
 from typing import Annotated, ClassVar
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megachat.config import Config
+from megachat.model.cross_entropy import IGNORE, cross_entropy, nats
 from megachat.model.layers import MLP, Attention, Cache, Past, Rope
 
 
@@ -88,6 +90,23 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
+class Output(nn.Linear):
+    """The logits of states, or what the tokens that came cost (`cross_entropy`, `nats`)."""
+
+    def forward(
+        self, x: Float[Tensor, "*batch dim"], labels: Int[Tensor, "*batch"] | None = None, each: bool = False
+    ) -> Tensor:
+        """With `labels` their sum; with `each`, which has no gradient, one by one."""
+        return output(x, self.weight, labels, each)
+
+
+def output(x: Tensor, weight: Tensor, labels: Tensor | None, each: bool) -> Tensor:
+    """What `Output` computes, with whatever weight."""
+    if labels is None:
+        return F.linear(x, weight)
+    return nats(x, weight, labels) if each else cross_entropy(x, weight, labels)
+
+
 class GPT(nn.Module):
     """Tokens in, logits of each next token out."""
 
@@ -110,7 +129,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tied else nn.Linear(config.dim, vocab, bias=False)
+        self.head = None if config.tied else Output(config.dim, vocab, bias=False)
 
     def forward(
         self,
@@ -118,22 +137,28 @@ class GPT(nn.Module):
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: Cache | None = None,
         where: Bool[Tensor, "batch seq"] | None = None,
-    ) -> Float[Tensor, "batch out vocab"] | Float[Tensor, "chosen vocab"]:
+        labels: Int[Tensor, "batch seq"] | None = None,
+        each: bool = False,
+    ) -> Float[Tensor, "batch out vocab"] | Float[Tensor, "chosen vocab"] | Float[Tensor, "*batch"]:
         """Logits of the token after each, in the model's dtype.
 
-        With a cache, after the last alone; with `where`, after those that it marks, row by row.
+        With a cache, after the last alone; with `where`, after those that it marks, row by row. With `labels`
+        not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`; with `each`,
+        which has no gradient, its terms.
         """
         x = self.hidden(tokens, documents, cache)
         if cache is not None:
             x = x[:, -1:]
-        count = None
         if where is not None:
-            x = x[where]
             # In few different lengths: a CPU kernel is made anew for each, which took a sixth of the time.
-            count = len(x)
-            x = F.pad(x, (0, 0, 0, -count % 128))
-        logits: Tensor = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
-        return logits[:count]
+            count = int(where.sum())
+            x = F.pad(x[where], (0, 0, 0, -count % 128))
+            labels = None if labels is None else F.pad(labels[where], (0, -count % 128), value=IGNORE)
+        if self.head is None:
+            y = output(x, self.embed.weight, labels, each)
+        else:
+            y = self.head(x, labels, each)
+        return y if where is None or y.ndim == 0 else y[:count]
 
     def hidden(
         self,

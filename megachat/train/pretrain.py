@@ -32,13 +32,12 @@ from megachat.data.loader import (
 from megachat.data.mixture import Mixture
 from megachat.data.packing import PackedRows, Packing, losses, pack
 from megachat.data.shards import Shards, read_split
-from megachat.evals.bits import spread, token_bits
+from megachat.evals.bits import spread
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
 from megachat.train.loop import Batch, Losses, Running, Task, check_shards, micro_batches, parts
-from megachat.train.losses import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,7 @@ class Pretrain(Task):
 
     def loss(self, run: Running, batch: Tokens) -> Losses:
         """Cross-entropy summed over tokens."""
-        logits = run.engines["model"](batch.inputs, batch.documents)
-        return Losses({"model": cross_entropy(logits, batch.labels)})
+        return Losses({"model": run.engines["model"](batch.inputs, batch.documents, labels=batch.labels)})
 
     def measure(self, run: Running) -> dict[str, float]:
         """Bits per byte of held-out documents: of the same windows on any number of ranks."""
@@ -193,7 +191,7 @@ class Pretrain(Task):
                 counts = torch.tensor([place < len(chosen) for place in part], device=mesh.device)
                 labels = batch.labels.clamp(min=0)
                 weights = torch.where((batch.labels >= 0) & counts[:, None], lengths[labels], 0)
-                bits = token_bits(model(batch.inputs, batch.documents), labels)
+                bits = model(batch.inputs, batch.documents, labels=labels, each=True) / math.log(2)
                 sums += torch.stack([bits[weights > 0].double().sum(), weights.double().sum()])
         bits_total, bytes_total = run.mesh.sum_tensor(sums).tolist()
         return {"bits_per_byte": bits_total / bytes_total} if bytes_total else {}

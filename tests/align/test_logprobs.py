@@ -7,7 +7,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from megachat.align.logprobs import answer_logps, entropy, token_logps
-from megachat.train.losses import IGNORE
+from megachat.model.cross_entropy import IGNORE
 
 
 def test_token_logps_are_those_of_a_softmax_worked_out_by_hand():

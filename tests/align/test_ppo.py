@@ -30,10 +30,10 @@ from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
 from megachat.config import ConfigError
+from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import generate
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import Losses, Running, train_step
-from megachat.train.losses import IGNORE
 from tests.align import tiny
 
 STOP, SYMBOLS, LENGTH = 0, 4, 3

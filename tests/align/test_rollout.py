@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from megachat.align.ppo import PPO
 from megachat.align.rollout import Rollout, estimated, in_parts, sample
 from megachat.align.rows import Rows, padded
+from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Sampling
-from megachat.train.losses import IGNORE
 from tests.align import tiny
 
 FREE = Sampling(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=8)

@@ -5,7 +5,7 @@ import torch
 from torch import tensor
 
 from megachat.align.rows import drawn, pack, packed, padded, that_fit
-from megachat.train.losses import IGNORE as NO
+from megachat.model.cross_entropy import IGNORE as NO
 
 SHORT = ([1, 5, 9], [0, 0, 1])
 LONG = ([1, 6, 7, 8, 9], [0, 0, 1, 0, 1])

@@ -5,16 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 
 from megachat.data.loader import Window
-from megachat.evals.bits import bits_per_byte, spread, token_bits
+from megachat.evals.bits import bits_per_byte, spread
 from tests.evals import tiny
-
-
-def test_a_coin_costs_one_bit_and_a_quarter_two():
-    logits = torch.tensor([[[0.0, 0.0, -math.inf], [math.log(1.0), math.log(2.0), math.log(1.0)]]])
-    assert_close(token_bits(logits, torch.tensor([[1, 2]])), torch.tensor([[1.0, 2.0]]))
 
 
 def window(tokens: list[int]) -> Window:
