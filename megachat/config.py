@@ -223,6 +223,8 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
         return f"{key}: expected a block of settings ({expected}), got {detail['input']!r}"
     message = re.sub(r"^Value error, ", "", detail["msg"])
     got = detail["input"]
+    if isinstance(got, Config):  # the message says which of its settings
+        return f"{key}: {message}"
     # Hydra reads 42 and true as YAML does.
     is_text = detail["type"] == "string_type" and got is not None
     hint = f"; as text it is {name}=\"'{got}'\"" if is_text else ""

@@ -64,8 +64,8 @@ def test_every_mistake_is_printed_at_once_and_the_exit_code_is_2(tmp_path: Path)
     assert printed.splitlines() == [
         "3 mistakes in the config",
         "  model.headz: GPTConfig has no such setting; did you mean 'heads'?",
-        "  parallel.tensor: it does not divide the 1 processes of this job; use one of [1], got 3",
         "  optimizer.lr: input should be a valid number, unable to parse string as a number, got 'abc'",
+        "  parallel: tensor=3 does not divide the 1 processes of this job; use one of [1]",
     ]
 
 

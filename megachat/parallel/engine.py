@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import PositiveInt, field_validator
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from megachat.config import Config
-from megachat.parallel.mesh import Mesh, divisors, expected_world
+from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import partition_config, split_axis, whole
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -74,16 +74,6 @@ class Parallel(Config):
     """`bf16` keeps fp32 master weights; `auto` is bf16 where the hardware has it, else fp32."""
     checkpointing: bool
     """Recompute activations in the backward pass: less memory for a third more computation."""
-
-    @field_validator("tensor")
-    @classmethod
-    def _divides_the_job(cls, tensor: int) -> int:
-        world = expected_world()
-        if world % tensor:
-            raise ValueError(
-                f"it does not divide the {world} processes of this job; use one of {divisors(world)}"
-            )
-        return tensor
 
     @property
     def bf16(self) -> bool:

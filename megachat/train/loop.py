@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from megachat.data.loader import places
@@ -32,7 +32,7 @@ from megachat.log import Recorder, progress, say
 from megachat.model.size import flops_per_token
 from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
-from megachat.parallel.mesh import Mesh, be_patient, start
+from megachat.parallel.mesh import Mesh, be_patient, divisors, expected_world, start
 from megachat.parallel.preflight import preflight, read_again
 from megachat.parallel.saving import Saver
 from megachat.parallel.tensor import check_fits
@@ -251,6 +251,17 @@ class Task(Stage):
         "preflight",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
+
+    @field_validator("parallel")
+    @classmethod
+    def _divides_the_job(cls, parallel: Parallel) -> Parallel:
+        world = expected_world()
+        if cls.trains and world % parallel.tensor:
+            raise ValueError(
+                f"tensor={parallel.tensor} does not divide the {world} processes of this job; "
+                f"use one of {divisors(world)}"
+            )
+        return parallel
 
     @property
     def continues(self) -> bool:
