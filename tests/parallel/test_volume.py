@@ -1,0 +1,101 @@
+"""Bytes by formula, against sums done by hand."""
+
+import pytest
+
+from megachat.model.gpt import GPTConfig
+from megachat.parallel.volume import Layout, Sent, held, volume
+
+TINY = GPTConfig(
+    dim=8, layers=3, heads=4, kv_heads=2, head_dim=2, hidden=16, context=32, rope_base=1e4,
+    qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
+)  # fmt: skip
+"""Of 10 words: embedding and head 80 each; a block has 64 + 32 + 32 + 64 + 3 * 128 = 576 and norms of
+8 + 8 + 2 + 2; a last norm of 8: 160 + 3 * 596 + 8 = 1,956."""
+
+
+def layout(
+    zero: int, data: int = 1, tensor: int = 1, bf16: bool = True, checkpointing: bool = False
+) -> Layout:
+    """Two micro-batches of three rows of five tokens."""
+    return Layout(zero, data, tensor, 2, 3, 5, bf16, checkpointing)
+
+
+def payloads(found: list[Sent]) -> list[tuple[str, str, int]]:
+    return [(sent.axis, sent.kind, sent.payload) for sent in found]
+
+
+def test_an_all_reduce_sends_twice_what_a_gather_sends() -> None:
+    assert Sent("", "data", "all_reduce", 4, 1.0, 100).wire == 150
+    assert Sent("", "data", "all_gather", 4, 1.0, 100).wire == 75
+    assert Sent("", "data", "reduce_scatter", 4, 1.0, 100).wire == 75
+
+
+def test_a_tensor_rank_holds_its_share_of_blocks_and_all_the_rest() -> None:
+    assert held(TINY, 10, 1) == 1956
+    assert held(TINY, 10, 2) == 160 + 3 * (288 + 20) + 8
+
+
+@pytest.mark.parametrize(
+    ("zero", "bf16", "expected"),
+    [
+        (0, True, [("data", "all_reduce", 4 * 1956)]),
+        (0, False, [("data", "all_reduce", 4 * 1956)]),
+        (1, True, [("data", "all_reduce", 2 * 1956), ("data", "all_gather", 2 * 1956)]),
+        (1, False, [("data", "all_reduce", 4 * 1956), ("data", "all_gather", 4 * 1956)]),
+        (2, True, [("data", "all_reduce", 2 * 2 * 1956), ("data", "all_gather", 2 * 1956)]),
+        # All of it is too small to be given away.
+        (3, True, [("data", "reduce_scatter", 2 * 2 * 1956), ("data", "all_gather", 2 * 1956)]),
+    ],
+)
+def test_data_ranks_send_gradients_and_weights(
+    zero: int, bf16: bool, expected: list[tuple[str, str, int]]
+) -> None:
+    assert payloads(volume(TINY, 10, layout(zero, data=4, bf16=bf16))) == expected
+
+
+def test_zero_3_gathers_weights_twice_in_every_micro_batch_but_for_those_it_keeps() -> None:
+    # Of 100,000 words and a hidden size of 65,536: embedding, head, gate, up and down alone are large.
+    config = TINY.model_copy(update={"hidden": 65_536})
+    large = 2 * 800_000 + 3 * 3 * 524_288
+    small = held(config, 100_000, 1) - large
+    assert small == 3 * (192 + 20) + 8
+    gathered = [
+        [
+            sent.payload
+            for sent in volume(config, 100_000, layout(3, data=4), live)
+            if sent.kind == "all_gather"
+        ]
+        for live in (0, 1_000_000, 10**9)
+    ]
+    assert gathered == [
+        [2 * 2 * 2 * large, 2 * small],
+        [2 * 2 * (2 * large - 1_000_000), 2 * small],
+        [2 * 2 * large, 2 * small],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("zero", "checkpointing", "forward", "backward"),
+    [
+        (1, False, 2 * 2, 5 * 2),  # after out and down; before q, k, v, gate and up
+        (1, True, 3 * 2, 5 * 2),  # and after out once more
+        (0, False, 2 * 2, 5 * 4),  # under autocast gradients are fp32
+    ],
+)
+def test_tensor_ranks_send_activations_in_every_block_of_every_micro_batch(
+    zero: int, checkpointing: bool, forward: int, backward: int
+) -> None:
+    activations = 2 * 3 * (3 * 5 * 8)  # micro-batches * layers * (rows * tokens * dim)
+    found = volume(TINY, 10, layout(zero, tensor=2, checkpointing=checkpointing))
+    assert payloads(found) == [
+        ("tensor", "all_reduce", forward * activations),
+        ("tensor", "all_reduce", backward * activations),
+    ]
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert volume(TINY, 10, layout(1)) == []
+
+
+def test_a_step_has_the_tokens_of_all_its_rows() -> None:
+    assert (layout(1, data=4, tensor=2).tokens, layout(1, data=4, tensor=2).gpus) == (4 * 2 * 3 * 5, 8)
