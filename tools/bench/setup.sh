@@ -15,6 +15,8 @@ declare -A packages=(
     [tokenizers]="tokenizers==0.23.3"
     [gigatoken]="gigatoken==0.10.0"
     [megatron-core]="torch==2.13.0 numpy==2.4.6 packaging==26.3"
+    [transformers]="torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 numpy==2.4.6"
+    [litgpt]="torch==2.13.0 litgpt==0.5.13 lightning==2.6.6 requests==2.34.2 numpy==2.4.6"
 )
 declare -A alone=( [text-dedup]="text-dedup==0.4.0" [megatron-core]="megatron-core==0.16.1" )   # without what they ask for
 
@@ -32,7 +34,7 @@ for name in "${@:-${!packages[@]}}"; do
     "$python" -m venv --clear "$venv"
     # Without an NVIDIA GPU, PyPI's torch for Linux would bring gigabytes of CUDA for nothing.
     cpu=https://download.pytorch.org/whl/cpu extra=()
-    if [[ $name == megatron-core && $(uname -s) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1 &&
+    if [[ ${packages[$name]} == torch==* && $(uname -s) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1 &&
             "$python" -c "import urllib.request as r; r.urlopen('$cpu/', timeout=3)" 2>/dev/null; then
         extra=(--extra-index-url "$cpu")
     fi
