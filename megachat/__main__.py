@@ -113,13 +113,13 @@ def _through_hydra(stage: str, overrides: Sequence[str]) -> None:
 
     from megachat.config import HYDRA_SETTINGS, compose, plain, quoted, rewrite
 
-    flags = [text for text in overrides if text.startswith("-")]
-    settings = [text for text in overrides if not text.startswith("-")]
-    sweep = any(flag in ("-m", "--multirun") for flag in flags)
     # `--cfg job` has its argument as a word of its own.
     words = {"job", "hydra", "all", "defaults", "defaults-tree", "config", "plugins", "searchpath"}
-    flags += [text for text in settings if text in words]
-    settings = [text for text in settings if text not in words]
+    flags = [text for text in overrides if text.startswith("-") or text in words]
+    settings = [text for text in overrides if text not in flags]
+    sweep = any(flag in ("-m", "--multirun") for flag in flags)
+    if "job" in flags:  # with the values that follow from others
+        flags.append("--resolve")
 
     def job(config: Any) -> None:
         tree = plain(config)

@@ -50,6 +50,43 @@ class _Invalid:
     """Stands in for a block whose own mistakes are already listed."""
 
 
+class _Consequence(str):
+    """A mistake that need not be told where there are others: it may follow from them."""
+
+
+DERIVING = "megachat.train.scaling"
+"""Whose functions a YAML may name in `${derived:function,arguments...}`."""
+UNDERIVED = "(not derived) "
+"""What such a value begins with where its arguments are wrong; the reason follows."""
+
+
+def _derive(name: str, *given: Any) -> Any:
+    """What the function makes of other settings: a block of them arrives as the object it describes."""
+    functions = {
+        name: value
+        for name, value in vars(importlib.import_module(DERIVING)).items()
+        if getattr(value, "__module__", "") == DERIVING
+    }
+    if name not in functions:
+        hint = did_you_mean(name, functions, f"it has {', '.join(functions)}")
+        return f"{UNDERIVED}{DERIVING} has no function {name!r}; {hint}"
+    mistakes: list[str] = []
+    trees = [OmegaConf.to_container(one, resolve=True) if OmegaConf.is_config(one) else one for one in given]
+    values = [_decode(tree, "", mistakes) for tree in trees]
+    try:
+        return functions[name](*values)
+    except ValidationError as error:
+        names = [*inspect.signature(functions[name]).parameters]
+        wrong = {names[int(detail["loc"][0])]: detail["input"] for detail in error.errors()}
+        shown = " and ".join(
+            key if isinstance(value, _Invalid) else f"{key}={value}" for key, value in wrong.items()
+        )
+        return f"{UNDERIVED}it follows from {shown}, which does not do; give it a value"
+
+
+OmegaConf.register_new_resolver("derived", _derive, replace=True)
+
+
 def compose(stage: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What Hydra makes of `conf/<stage>.yaml` and the overrides: plain dicts and lists, with `_target_`s."""
     try:
@@ -135,7 +172,8 @@ def _experiment(stage: str, name: str) -> list[str]:
     folder = CONF / "experiment" / name
     if not name or not folder.is_dir():
         names = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())
-        raise ConfigError(f"experiment: there is no {name!r}; conf/experiment/ has {', '.join(names)}")
+        hint = did_you_mean(name, names, f"conf/experiment/ has {', '.join(names)}")
+        raise ConfigError(f"experiment: there is no {name!r}; {hint}")
     chosen = [f"+experiment={name}/{stage}"] if (folder / f"{stage}.yaml").is_file() else []
     if stage == "pipeline":  # its stages take the experiment's settings, each its own
         chosen.append(f"++recipe={name}")
@@ -168,6 +206,7 @@ def decode(tree: dict[str, Any]) -> Any:
     """Builds the object that `tree` describes, or raises one `ConfigError` naming every mistake in it."""
     mistakes: list[str] = []
     built = _decode(tree, "", mistakes)
+    mistakes = [mistake for mistake in mistakes if not isinstance(mistake, _Consequence)] or mistakes
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise ConfigError(f"{count} in the config\n  " + "\n  ".join(mistakes))
@@ -177,6 +216,9 @@ def decode(tree: dict[str, Any]) -> Any:
 def _decode(node: Any, path: str, mistakes: list[str]) -> Any:
     if isinstance(node, list):
         return [_decode(item, _join(path, i), mistakes) for i, item in enumerate(node)]
+    if isinstance(node, str) and node.startswith(UNDERIVED):
+        mistakes.append(_Consequence(f"{path}: {node.removeprefix(UNDERIVED)}"))
+        return _Invalid()
     if not isinstance(node, dict):
         return node
     settings = {key: value for key, value in node.items() if key != "_target_"}

@@ -251,8 +251,23 @@ def test_a_block_that_the_stage_does_not_have_cannot_be_chosen() -> None:
     assert told("model=small", stage="chat") == "model: this stage has no such block to choose"
 
 
-def test_an_unknown_experiment_is_answered_with_the_experiments() -> None:
-    assert told("experiment=tinny") == "experiment: there is no 'tinny'; conf/experiment/ has other, tiny"
+def test_a_value_may_be_derived_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide(model: Model) -> int:
+        return 2 * model.dim
+
+    wide.__module__ = "megachat.sample"
+    monkeypatch.setattr(sys.modules["megachat.sample"], "wide", wide, raising=False)
+    monkeypatch.setattr(config, "DERIVING", "megachat.sample")
+    assert decode(compose("train", ["steps=${derived:wide,${model}}"])).steps == 128
+    assert decode(compose("train", ["steps=${derived:wide,${model}}", "model=large"])).steps == 1024
+    assert "steps: megachat.sample has no function 'wise'; did you mean 'wide'?" in told(
+        "steps=${derived:wise}"
+    )
+
+
+def test_an_unknown_experiment_is_answered_with_the_nearest_or_all_experiments() -> None:
+    assert told("experiment=tinny") == "experiment: there is no 'tinny'; did you mean 'tiny'?"
+    assert told("experiment=x") == "experiment: there is no 'x'; conf/experiment/ has other, tiny"
     assert told("experiment=") == "experiment: there is no ''; conf/experiment/ has other, tiny"
 
 

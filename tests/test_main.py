@@ -89,6 +89,7 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
     printed = megachat("pretrain", "--cfg", "job", "experiment=quickstart", "run=runs/中文", cwd=tmp_path)
     assert "run: runs/中文" in printed
     assert "dim: 320" in printed
+    assert "inputs: runs/中文" in printed  # which follows from another
 
 
 @pytest.mark.slow
