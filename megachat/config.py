@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megachat.stages import CONF, did_you_mean, stages
+from megachat.stages import CONF, SETTINGS_OF, did_you_mean, stages
 
 ROOT = "megachat."
 """A config may only name classes of this package, so a YAML cannot run anything else."""
@@ -174,7 +174,9 @@ def _experiment(stage: str, name: str) -> list[str]:
         names = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())
         hint = did_you_mean(name, names, f"conf/experiment/ has {', '.join(names)}")
         raise ConfigError(f"experiment: there is no {name!r}; {hint}")
-    chosen = [f"+experiment={name}/{stage}"] if (folder / f"{stage}.yaml").is_file() else []
+    wanted = dict.fromkeys([SETTINGS_OF.get(stage, stage), stage])
+    files = [f"{name}/{file}" for file in wanted if (folder / f"{file}.yaml").is_file()]
+    chosen = [f"+experiment={files[0] if len(files) == 1 else '[' + ','.join(files) + ']'}"] if files else []
     if stage == "pipeline":  # its stages take the experiment's settings, each its own
         chosen.append(f"++recipe={name}")
     return [*chosen, f"++run=runs/{name}"]

@@ -88,6 +88,20 @@ def has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def compatible_ops() -> dict[str, bool]:
+    """DeepSpeed's compiled parts, and whether this machine has what it takes to build each."""
+    return {
+        name: can
+        for name, can in deepspeed.ops.__compatible_ops__.items()
+        if name not in ("deepspeed_not_implemented", "deepspeed_shm_comm")  # the latter is set above
+    }
+
+
+def version() -> str:
+    """DeepSpeed's."""
+    return str(deepspeed.__version__)
+
+
 class Engine:
     """A model in training: forward, backward, step, and its logical tensors."""
 

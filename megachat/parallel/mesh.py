@@ -102,11 +102,10 @@ def launch(arguments: Sequence[str], processes: int, heartbeat: Path | None = No
 
 
 def _launch_once(arguments: Sequence[str], processes: int, heartbeat: Path | None) -> int:
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = free_port()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "megachat", *arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-m", "megachat", *arguments], env=environment_of(rank, processes, port)
         )
         for rank in range(processes)
     ]
@@ -126,6 +125,12 @@ def _launch_once(arguments: Sequence[str], processes: int, heartbeat: Path | Non
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(0.1)
+
+
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What makes a process a rank among `world` on this machine."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+    return {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
 
 
 def _telling(ranks: Sequence[subprocess.Popen[bytes]], patience: float = 2.0) -> int:

@@ -3,14 +3,17 @@
 `megachat doctor` prints all of it before anything is trained; `megachat pretrain` says what is wrong with it.
 """
 
+import json
 import math
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megachat.data.mixture import Mixture
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import flops_per_token, parameters
 from megachat.parallel.engine import Parallel
@@ -24,6 +27,8 @@ MEMORY = {
 }  # fmt: skip
 """GiB by the longest part of a device's name that is listed, from makers' data sheets (which say GB)."""
 
+DGX = 2_000_000_000_000
+"""Bytes of host memory of NVIDIA's DGX H100, from its data sheet."""
 OPTIMAL = 20.0
 """Tokens a parameter at which loss is lowest for the computation (Hoffmann et al., 2022,
 https://arxiv.org/abs/2203.15556)."""
@@ -45,7 +50,7 @@ GPT_3 = {
 """Parameters and Adam's learning rate (Brown et al., 2020, https://arxiv.org/abs/2005.14165, table 2.1)."""
 
 Number = int | float
-Level = Literal["ok", "warning", "problem"]
+Level = Literal["ok", "unknown", "warning", "problem"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,47 @@ class Job:
         return tokens * self.flops / (self.ranks * peak * mfu)
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What `encode` has written, as far as a mixture reads it."""
+
+    tokens: int
+    """To train on."""
+    tokenizer: str
+    """Sha256 of the one that made them."""
+    sources: list[str]
+    missing: list[str]
+    """Sources that the mixture names and the corpus does not have."""
+
+    @staticmethod
+    def read(folder: Path, mixture: Mixture) -> "Corpus":
+        """From the manifest alone."""
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        shards = [shard for shard in manifest["shards"].values() if shard["split"] == "train"]
+        sources = [shard["source"] for shard in shards]
+        named = {name for phase in mixture.plan() for name in phase.weights}
+        used = named or set(sources)
+        return Corpus(
+            tokens=sum(shard["tokens"] for shard in shards if shard["source"] in used),
+            tokenizer=manifest["tokenizer"],
+            sources=sources,
+            missing=sorted(named - set(sources)),
+        )
+
+
+def memory_here() -> int:
+    """Bytes of this machine's memory that are free, or of what its control group may use."""
+    values = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(values["MemAvailable"].split()[0])
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # not there, or "max"
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return free
+
+
 def device_memory(name: str) -> int | None:
     """Bytes of a device by its name, None where neither it nor the table says.
 
@@ -184,6 +230,18 @@ def _smaller(job: Job) -> str:
         ideas.append("parallel.checkpointing=true")
     ideas.append("a larger parallel.tensor, more GPUs, or a smaller model")
     return "not even micro_batch=1 fits: try " + ", ".join(ideas)
+
+
+def check_host(job: Job, ranks: int, room: int | None) -> Finding:
+    """Whether a node's own memory holds what its ranks keep there: models being built, copies being saved."""
+    built = ranks * 4 * job.parameters
+    copied = ranks * job.checkpoint // job.ranks
+    text = f"{gib(built)} a node while {ranks} ranks build the model, {gib(copied)} for a copy that is saved"
+    if room is not None and job.cuda and max(built, copied) > room:
+        return Finding("problem", "host memory", f"{text}, and {gib(room)} are free", "fewer ranks a node")
+    if room is None and max(built, copied) > DGX:
+        return Finding("warning", "host memory", text, "a DGX H100 has 2 TB")
+    return Finding("ok", "host memory", text)
 
 
 def check_batch(job: Job) -> Finding:
@@ -275,11 +333,19 @@ def gib(count: Number) -> str:
 
 def size(count: Number) -> str:
     """Disk space. Example: size(3.2e12) -> "3.2 TB"."""
-    power = min(4, max(0, int(math.log10(max(1.0, count)) // 3)))
-    return f"{count / 1000**power:.3g} {['B', 'kB', 'MB', 'GB', 'TB'][power]}"
+    return f"{_rounded(count, ['', 'k', 'M', 'G', 'T', 'P'])}B"
+
+
+def flop(count: Number) -> str:
+    """Computations. Example: flop(989e12) -> "989 TFLOP"."""
+    return f"{_rounded(count, ['', 'k', 'M', 'G', 'T', 'P', 'E'])}FLOP"
 
 
 def short(count: Number) -> str:
-    """A large number in words of one letter. Example: short(2_500_000_000) -> "2.5 B"."""
-    power = min(4, max(0, int(math.log10(max(1.0, count)) // 3)))
-    return f"{count / 1000**power:.3g}{['', ' k', ' M', ' B', ' T'][power]}"
+    """A large number, as tokens and parameters are counted. Example: short(2_500_000_000) -> "2.5 B"."""
+    return _rounded(count, ["", "k", "M", "B", "T"]).strip()
+
+
+def _rounded(count: Number, prefixes: list[str]) -> str:
+    power = min(len(prefixes) - 1, max(0, int(math.log10(max(1.0, count)) // 3)))
+    return f"{count / 1000**power:.3g} {prefixes[power]}"

@@ -37,6 +37,7 @@ from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.tensor import check_fits
+from megachat.train.forecast import Job
 from megachat.train.loop import Batch, Losses, Running, Task, check_shards, micro_batches, parts
 
 
@@ -135,6 +136,29 @@ class Pretrain(Task):
         rows = sum(len(source) for source in sources.values())
         tokens = self.tokens if self.tokens is not None else int((self.epochs or 0.0) * rows * self.context)
         return max(1, tokens // (self.batch * self.context))
+
+    def job(self, vocab: int, ranks: int, bf16: bool, cuda: bool) -> Job:
+        """The run as arithmetic sees it."""
+        return Job(
+            model=self.model,
+            vocab=vocab,
+            parallel=self.parallel,
+            optimizer=self.optimizer,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            seq=self.context,
+            ranks=ranks,
+            bf16=bf16,
+            cuda=cuda,
+        )
+
+    def budget(self, corpus: int | None) -> int | None:
+        """Tokens to train on; of epochs it is not known without a corpus."""
+        tokens = self.tokens
+        if tokens is None and corpus is not None:
+            tokens = int((self.epochs or 0.0) * corpus)
+        step = self.batch * self.context
+        return tokens if tokens is None or self.max_steps is None else min(tokens, self.max_steps * step)
 
     def _rows(self, name: str, shards: Shards, run: Running) -> TokenWindows | PackedRows:
         if self.packing == "concatenate":
