@@ -10,6 +10,7 @@ no fp32 weights, so it runs under autocast.
 """
 
 import contextlib
+import inspect
 import io
 import logging
 import math
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from megachat.config import Config
 from megachat.parallel.mesh import Mesh
+from megachat.parallel.muon import Groups, Muon, Piece, owners
 from megachat.parallel.tensor import partition_config, split_axis, whole
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +56,6 @@ warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", Use
 # Compiling it takes a C++ compiler and 90 seconds; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-Groups = list[dict[str, Any]]
 Read = Callable[..., Tensor]
 """`read(name)` gives a full tensor, `read(name, *slices)` the part of it that slices, one an axis, pick."""
 
@@ -123,6 +124,14 @@ class Engine:
         self.clip = clip
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         """The full shape of every parameter, before anything is cut."""
+        group_of = {
+            id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]
+        }
+        self._group_of = {
+            name: group_of[id(parameter)]
+            for name, parameter in model.named_parameters()
+            if id(parameter) in group_of
+        }
         if hasattr(model, "checkpointing"):
             model.checkpointing = parallel.checkpointing  # type: ignore[assignment]
         with _quiet():
@@ -134,6 +143,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.module: nn.Module = self._engine.module
+        if isinstance(self._basic_optimizer, Muon):
+            self._basic_optimizer.spread(self._pieces(), mesh)
 
     def _deepspeed_config(self, plan: Mapping[str, str]) -> dict[str, Any]:
         parallel, autocast = self.parallel, self.parallel.bf16 and self.parallel.zero == 0
@@ -263,14 +274,13 @@ class Engine:
 
     # The logical tensors: what a checkpoint holds.
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """The optimizer's per-parameter tensors, by torch's names."""
-        kind = type(self._basic_optimizer)
-        if issubclass(kind, torch.optim.Adam | torch.optim.AdamW):
+    def _moments(self, group: int) -> tuple[str, ...]:
+        """The optimizer's tensors for each parameter of a group, by torch's names."""
+        kind, settings = type(self._basic_optimizer), self._basic_optimizer.param_groups[group]
+        if issubclass(kind, torch.optim.Adam | torch.optim.AdamW) or (kind is Muon and not settings["muon"]):
             return ("exp_avg", "exp_avg_sq")
-        if issubclass(kind, torch.optim.SGD):
-            return ("momentum_buffer",) if self._basic_optimizer.param_groups[0]["momentum"] else ()
+        if issubclass(kind, torch.optim.SGD | Muon):
+            return ("momentum_buffer",) if settings["momentum"] or kind is Muon else ()
         raise AssertionError(f"no table of the moments of {kind.__name__}")
 
     @property
@@ -287,14 +297,16 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             axis = split_axis(self.shapes[name], self._local_shape(parameter))
             yield f"weight.{name}", whole(self._read(parameter, None), axis, self.mesh)
-            for moment in self.moments:
+            for moment in self._moments(self._group_of[name]):
                 yield f"{moment}.{name}", whole(self._read(parameter, moment), axis, self.mesh)
 
     def tensors(self) -> dict[str, torch.Size]:
         """Name and full shape of every logical tensor, in the order of `logical`."""
-        kinds = ("weight", *self.moments)
-        names = [name for name, _ in self.module.named_parameters()]
-        return {f"{kind}.{name}": self.shapes[name] for name in names for kind in kinds}
+        return {
+            f"{kind}.{name}": self.shapes[name]
+            for name, _ in self.module.named_parameters()
+            for kind in ("weight", *self._moments(self._group_of[name]))
+        }
 
     @property
     def steps(self) -> int:
@@ -310,7 +322,7 @@ class Engine:
         """
         self._create_state()
         for name, parameter in self.module.named_parameters():
-            for kind in ("weight", *self.moments):
+            for kind in ("weight", *self._moments(self._group_of[name])):
                 piece = partial(self._piece, read, f"{kind}.{name}", self._local_shape(parameter))
                 self._write(parameter, None if kind == "weight" else kind, piece)
         for state in self._basic_optimizer.state.values():
@@ -376,15 +388,66 @@ class Engine:
                 where = mapping.lp_fragment_address
                 mapping.get_hp_fragment(moment).copy_(piece(where.start, where.numel))
 
+    def _stepped(self) -> list[tuple[Tensor, int]]:
+        """The tensors that the optimizer steps, of many parameters under ZeRO 1-3, and their groups."""
+        optimizer, zero = self._basic_optimizer, self._engine.optimizer
+        if self.parallel.zero == 3:  # its groups hold them during a step only
+            flat = zero.fp32_partitioned_groups_flat
+            return [(tensor, zero.sub_group_to_group_id[index]) for index, tensor in enumerate(flat)]
+        groups = enumerate(optimizer.param_groups)
+        return [(parameter, index) for index, group in groups for parameter in group["params"]]
+
+    def _pieces(self) -> dict[Tensor, list[Piece]]:
+        """Of which matrices the tensors that Muon steps have pieces."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        found = [
+            (flat, parameter, *self._place(parameter))
+            for index, (flat, group) in enumerate(self._stepped())
+            if self._basic_optimizer.param_groups[group]["muon"]
+            for parameter in self._parameters_of(flat, index)
+        ]
+        own = torch.tensor([count for *_, count in found], device=self.mesh.device)
+        table = [own]
+        if self.parallel.zero and self.mesh.data > 1:
+            table = [torch.empty_like(own) for _ in range(self.mesh.data)]
+            dist.all_gather(table, own, group=self.mesh.data_group)
+        counts: list[list[int]] = torch.stack(table).T.tolist()
+        pieces: dict[Tensor, list[Piece]] = {}
+        for (flat, parameter, start, _), held, owner in zip(found, counts, owners(counts), strict=True):
+            shape = self._local_shape(parameter)
+            axis = split_axis(self.shapes[names[id(parameter)]], shape)
+            pieces.setdefault(flat, []).append(Piece(shape, axis, start, tuple(held), owner))
+        return pieces
+
+    def _parameters_of(self, flat: Tensor, index: int) -> Sequence[Any]:
+        """Those that lie end to end in a tensor that the optimizer steps, the `index`-th."""
+        zero = self._engine.optimizer
+        if self.parallel.zero == 0:
+            return [flat]
+        if self.parallel.zero == 3:
+            return zero.fp16_groups[index]
+        return (zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups)[index]
+
+    def _place(self, parameter: Any) -> tuple[int, int]:
+        """Where in that tensor this rank's piece of a parameter begins, and how many numbers it has."""
+        if self.parallel.zero == 0:
+            return 0, parameter.numel()
+        if self.parallel.zero < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return 0, 0
+            return mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        zero, size = self._engine.optimizer, parameter.partition_numel()
+        left = parameter.ds_numel - size * dist.get_rank(parameter.ds_process_group)
+        return zero.grad_position[zero.get_param_id(parameter)][1], max(0, min(size, left))
+
     def _create_state(self) -> None:
         """Gives the optimizer the state its first step would create, so that it can be read and written."""
         optimizer, zero = self._basic_optimizer, self._engine.optimizer
-        flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self.parallel.zero == 3:
-            flat = list(zero.fp32_partitioned_groups_flat)  # its groups hold parameters during a step only
-        missing = [parameter for parameter in flat if not optimizer.state[parameter]]
-        for parameter in missing:
-            state: dict[str, Any] = {moment: torch.zeros_like(parameter) for moment in self.moments}
+        for parameter, group in self._stepped():
+            if optimizer.state[parameter]:
+                continue
+            state: dict[str, Any] = {moment: torch.zeros_like(parameter) for moment in self._moments(group)}
             if "exp_avg" in state:
                 fused = optimizer.defaults.get("fused")
                 state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
@@ -393,6 +456,17 @@ class Engine:
             # DeepSpeed links after the first group's first step, when the other groups have no state yet.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """The matrix with singular values of about 1, by five Newton-Schulz iterations on its Gram matrix.
+
+    DeepSpeed's, in fp16 on a GPU and in fp32 on a CPU; not compiled, for they are matrix products.
+    """
+    # Imported where it is used: its decorator imports torch's compiler, which takes seconds.
+    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_gram_newtonschulz
+
+    return inspect.unwrap(zeropower_via_gram_newtonschulz)(matrix, 5).to(matrix.dtype)
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

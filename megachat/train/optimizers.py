@@ -1,12 +1,14 @@
-"""Optimizers as settings: AdamW, Adam, SGD, and which parameters decay."""
+"""Optimizers as settings: AdamW, Adam, SGD, Muon, and which parameters decay."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
 
 from megachat.config import Config
+from megachat.parallel import muon
+from megachat.parallel.engine import newton_schulz
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -14,21 +16,24 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Optimizer(Config):
     """Settings that build a torch optimizer."""
 
+    orthogonal: ClassVar[bool] = False
+    """Whether the matrices of the blocks are a group apart, marked `muon`."""
     lr: PositiveFloat
     """The peak learning rate; the schedule scales it."""
     weight_decay: NonNegativeFloat
     """Shrinks matrices, not norms and biases, by lr * weight_decay each step."""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Two parameter groups: matrices, which decay, and vectors, which do not."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-        vectors = [parameter for parameter in trained if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+        """Parameter groups: matrices, which decay, and vectors, which do not."""
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        matrices = {name: weight for name, weight in trained.items() if weight.ndim >= 2}
+        apart = {name for name in matrices if self.orthogonal and ".blocks." in f".{name}"}
+        groups: list[dict[str, Any]] = [
+            {"params": [matrices[name] for name in matrices if name in apart], "muon": True},
+            {"params": [matrices[name] for name in matrices if name not in apart]},
+            {"params": [weight for weight in trained.values() if weight.ndim < 2], "weight_decay": 0.0},
         ]
-        return [group for group in groups if group["params"]]
+        return [{"weight_decay": self.weight_decay} | group for group in groups if group["params"]]
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups."""
@@ -70,6 +75,25 @@ class SGD(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """`torch.optim.SGD`."""
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+
+
+class Muon(Optimizer):
+    """Muon for the matrices of the blocks, AdamW for all else (`megachat.parallel.muon` says why).
+
+    Steps are as large as AdamW's, so `lr` and `weight_decay` are those that AdamW would be given.
+    """
+
+    orthogonal: ClassVar[bool] = True
+    momentum: Beta
+    """How much of the last steps a matrix keeps; Nesterov's form."""
+    betas: tuple[Beta, Beta]
+    """Of AdamW: decay rates of the first and second moment."""
+    eps: PositiveFloat
+    """Of AdamW: added to the root of the second moment."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Ours, with DeepSpeed's Newton-Schulz iterations."""
+        return muon.Muon(groups, self.lr, self.momentum, self.betas, self.eps, _on_gpu(groups), newton_schulz)
 
 
 def _on_gpu(groups: list[dict[str, Any]]) -> bool:

@@ -36,43 +36,44 @@ def nats(output: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(output[:, :-1].float().flatten(0, 1), TOKENS[:, 1:].flatten())
 
 
-def written(path: Path) -> dict[str, Tensor]:
+def written(path: Path, *overrides: str) -> dict[str, Tensor]:
     """A checkpoint after five steps that nobody took, and what the sixth must make of its weights."""
     torch.manual_seed(1)
-    stage = task(0, 1)
+    stage = task(0, 1, *overrides)
     model = stage.model.build(300)
-    weights = dict(model.named_parameters())
-    tensors = {}
-    for name, weight in weights.items():
-        tensors[f"model/weight.{name}"] = weight.detach().clone()
-        tensors[f"model/exp_avg.{name}"] = 0.01 * torch.randn_like(weight)
-        tensors[f"model/exp_avg_sq.{name}"] = 0.01 * torch.rand_like(weight) + 1e-4
+    names = {weight: name for name, weight in model.named_parameters()}
+    tensors = {f"model/weight.{name}": weight.detach().clone() for weight, name in names.items()}
+    optimizer = stage.optimizer.build(stage.optimizer.groups(model))  # without DeepSpeed
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+        for weight in group["params"]:
+            if group.get("muon"):
+                state = {"momentum_buffer": 0.01 * torch.randn_like(weight)}
+            else:
+                spread = 0.01 * torch.rand_like(weight) + 1e-4
+                state = {"exp_avg": 0.01 * torch.randn_like(weight), "exp_avg_sq": spread}
+                optimizer.state[weight]["step"] = torch.tensor(float(STEPS))
+            for moment, value in state.items():
+                tensors[f"model/{moment}.{names[weight]}"] = value.clone()
+            optimizer.state[weight] |= state
     path.mkdir(parents=True)
     files = write_tensors(path, tensors.items())
     about = {"architecture": {"model": checkpoint.architecture(model)}, "tokenizer": "", "fingerprint": ""}
     write_manifest(path, {**about, "progress": {"step": STEPS}, "files": files})
-    optimizer = torch.optim.AdamW(stage.optimizer.groups(model), lr=1e-2)
-    own = stage.optimizer.build(stage.optimizer.groups(model))
-    for group, like in zip(optimizer.param_groups, own.param_groups, strict=True):
-        group |= {key: like[key] for key in ("betas", "eps", "weight_decay")} | {"lr": 1e-2}
-    for name, weight in weights.items():
-        optimizer.state[weight] = {
-            "step": torch.tensor(float(STEPS)),
-            "exp_avg": tensors[f"model/exp_avg.{name}"].clone(),
-            "exp_avg_sq": tensors[f"model/exp_avg_sq.{name}"].clone(),
-        }
     nats(model(TOKENS)).backward()
     optimizer.step()
-    after = {f"after/{name}": weight.detach() for name, weight in weights.items()}
+    after = {f"after/{name}": weight.detach() for weight, name in names.items()}
     return tensors | after
 
 
-def goes_through(folder: Path, tensor: int, *zeros: int, precision: str = "fp32") -> None:
+def goes_through(
+    folder: Path, tensor: int, *zeros: int, precision: str = "fp32", optimizer: str = "adamw"
+) -> None:
     """Into each ZeRO stage and out, a step, and back again in the middle of the run."""
     mesh = start(tensor)
     path = folder / f"step-{STEPS:08d}"
     if mesh.rank == 0:
-        torch.save(written(path), folder / "expected.pt")
+        torch.save(written(path, f"optimizer={optimizer}"), folder / "expected.pt")
     mesh.barrier()
     expected = torch.load(folder / "expected.pt", weights_only=True)
     saved = Checkpoint.open(path)
@@ -81,7 +82,8 @@ def goes_through(folder: Path, tensor: int, *zeros: int, precision: str = "fp32"
         right = nats(plain(TOKENS)).item()
     for zero in zeros:
         torch.manual_seed(zero)
-        engine = engine_of(task(zero, tensor, f"parallel.precision={precision}"), mesh)
+        settings = [f"parallel.precision={precision}", f"optimizer={optimizer}"]
+        engine = engine_of(task(zero, tensor, *settings), mesh)
         read = saved.reader("model")
         loaded: dict[str, int] = {}
 
@@ -96,7 +98,11 @@ def goes_through(folder: Path, tensor: int, *zeros: int, precision: str = "fp32"
             engine.load_logical(counted, STEPS)
             moments = sum(size for name, size in loaded.items() if not name.startswith("weight."))
             shared = mesh.tensor * (mesh.data if zero else 1)
-            whole = sum(value.numel() for name, value in expected.items() if name.startswith("model/exp"))
+            whole = sum(
+                value.numel()
+                for name, value in expected.items()
+                if name.startswith("model/") and not name.startswith("model/weight.")
+            )
             # What is cut by columns is read by whole rows; norms are not cut by tensor parallelism.
             assert moments <= 1.5 * whole / shared + 300, (zero, moments, whole)
             for name, value in engine.logical():
@@ -144,6 +150,23 @@ def test_two_tensor_ranks_take_it_at_every_zero_stage(tmp_path: Path) -> None:
 @on_ranks(4)
 def test_two_by_two_take_it_at_every_zero_stage(tmp_path: Path) -> None:
     goes_through(tmp_path, 2, 0, 1, 2, 3)
+
+
+@on_ranks(1)
+def test_one_rank_takes_muons_momentum_at_every_zero_stage(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, optimizer="muon")
+
+
+@pytest.mark.slow
+@on_ranks(3)
+def test_three_ranks_that_divide_nothing_take_muons_momentum(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, optimizer="muon")
+
+
+@pytest.mark.slow
+@on_ranks(4)
+def test_two_by_two_take_muons_momentum(tmp_path: Path) -> None:
+    goes_through(tmp_path, 2, 0, 1, 2, 3, optimizer="muon")
 
 
 @on_ranks(1)

@@ -141,7 +141,7 @@ POISONS: dict[str, Callable[[Running, Tensor], Tensor]] = {
 
 
 @on_ranks(2)
-def skipping(folder: Path, tiny: Path, zero: int) -> None:
+def skipping(folder: Path, tiny: Path, zero: int, optimizer: str) -> None:
     """Poisoned runs, and runs that are told to leave out one sample of the batch, in both precisions."""
     for precision in ("fp32", "bf16"):
         layout = [
@@ -149,6 +149,7 @@ def skipping(folder: Path, tiny: Path, zero: int) -> None:
             "guard.window=4",
             f"parallel=zero{zero}",
             f"parallel.precision={precision}",
+            f"optimizer={optimizer}",
         ]
         for step in (5, 9):
             at = 8 * (step - 1) + 3
@@ -161,11 +162,12 @@ def skipping(folder: Path, tiny: Path, zero: int) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("zero", range(4))
 def test_a_bad_batch_changes_nothing_as_if_it_had_been_left_out(
-    tiny: Path, tmp_path: Path, zero: int
+    tiny: Path, tmp_path: Path, zero: int, optimizer: str
 ) -> None:
-    skipping(folder=tmp_path, tiny=tiny, zero=zero)
+    skipping(folder=tmp_path, tiny=tiny, zero=zero, optimizer=optimizer)
     for precision in ("fp32", "bf16"):
         for name, step in (("nan", 5), ("gradient", 5), ("spike", 9)):
             run, told = tmp_path / precision / name, tmp_path / precision / f"told-{step}"
