@@ -8,9 +8,9 @@ A step is made as large as AdamW's are wont to be, 0.2 times the root of the lon
 learning rate and decay serve for both (Liu et al., 2025, https://arxiv.org/abs/2502.16982, section 2.2).
 
 A matrix must be whole to be orthogonalised, and ZeRO and tensor parallelism leave a rank a piece of it. The
-momentum stays in pieces. Each matrix has one data rank, of those that hold the most of it, to which the
-others send theirs and which sends them their share of the result: over all data ranks a matrix is computed
-once. Tensor ranks each gather the whole one. ZeRO 0 holds all on every data rank and computes all on each.
+momentum stays in pieces. Each matrix is given to a data rank that holds much of it; the others send it theirs
+and get their share of the result, so over all data ranks a matrix is computed once. Tensor ranks each gather
+the whole one. Under ZeRO 0 every data rank holds all matrices, and computes them all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -136,22 +136,18 @@ class Muon(torch.optim.Optimizer):
     def _exchange(self, pieces: Sequence[Piece], update: Tensor, mesh: Mesh) -> None:
         me, ranks = mesh.data_rank, range(mesh.data)
         held = [update[piece.start : piece.start + piece.counts[me]] for piece in pieces]
-        owned = [piece for piece in pieces if piece.owner == me]
         of = [[index for index, piece in enumerate(pieces) if piece.owner == rank] for rank in ranks]
-        came = _all_to_all(
-            [[held[index] for index in of[rank]] for rank in ranks],
-            [[piece.counts[rank] for piece in owned] for rank in ranks],
-            mesh,
-        )
+        owned = [pieces[index] for index in of[me]]
+        here = [[pieces[index].counts[me] for index in of[rank]] for rank in ranks]
+        there = [[piece.counts[rank] for piece in owned] for rank in ranks]
+        sent = torch.cat([held[index] for rank in ranks for index in of[rank]])
+        came = _all_to_all(sent, here, there, mesh)
         steps = []
         for number, piece in enumerate(owned):
             part = torch.cat([came[rank][number] for rank in ranks]).view(piece.shape)
             steps.append(self._step_of(part, piece, mesh).flatten().split(piece.counts))
-        back = _all_to_all(
-            [[step[rank] for step in steps] for rank in ranks],
-            [[pieces[index].counts[me] for index in of[rank]] for rank in ranks],
-            mesh,
-        )
+        sent = torch.cat([update[:0], *(step[rank] for rank in ranks for step in steps)])
+        back = _all_to_all(sent, there, here, mesh)
         for rank in ranks:
             for index, step in zip(of[rank], back[rank], strict=True):
                 held[index].copy_(step)
@@ -173,29 +169,29 @@ def scaled(step: Tensor) -> Tensor:
 
 
 def owners(counts: Sequence[Sequence[int]]) -> list[int]:
-    """Which rank computes each matrix, given how much of it each has: one with most of it, in turn.
+    """Which rank computes each matrix, given how much of it each has: the one with least to do yet, of those
+    that have more than half as much as any.
 
     Example: owners([[4, 2], [3, 3], [3, 3]]) -> [0, 1, 0]
     """
     loads = [0] * len(counts[0]) if counts else []
     chosen = []
     for held in counts:
-        rank = min((rank for rank, count in enumerate(held) if count == max(held)), key=loads.__getitem__)
+        able = [rank for rank, count in enumerate(held) if 2 * count > max(held)]
+        rank = min(able, key=loads.__getitem__)
         loads[rank] += sum(held)
         chosen.append(rank)
     return chosen
 
 
 def _all_to_all(
-    outgoing: Sequence[Sequence[Tensor]], counts: Sequence[Sequence[int]], mesh: Mesh
+    sent: Tensor, outgoing: Sequence[Sequence[int]], incoming: Sequence[Sequence[int]], mesh: Mesh
 ) -> list[tuple[Tensor, ...]]:
-    """What each data rank has for this one, of rank r tensors of `counts[r]` numbers.
+    """What each data rank has for this one: of rank r tensors of `incoming[r]` numbers.
 
-    `outgoing[r]` is for rank r.
+    `sent` is laid end to end, for rank r `outgoing[r]` numbers.
     """
-    sent = torch.cat([tensor.reshape(-1) for tensors in outgoing for tensor in tensors])
-    sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
-    came = sent.new_empty(sum(map(sum, counts)))
-    dist.all_to_all_single(came, sent, [sum(own) for own in counts], sizes, group=mesh.data_group)
-    parts = came.split([sum(own) for own in counts])
-    return [part.split(list(own)) for part, own in zip(parts, counts, strict=True)]
+    sizes = [sum(counts) for counts in incoming]
+    came = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(came, sent, sizes, [sum(counts) for counts in outgoing], group=mesh.data_group)
+    return [part.split(list(counts)) for part, counts in zip(came.split(sizes), incoming, strict=True)]
