@@ -146,6 +146,7 @@ class Muon(torch.optim.Optimizer):
         for number, piece in enumerate(owned):
             part = torch.cat([came[rank][number] for rank in ranks]).view(piece.shape)
             steps.append(self._step_of(part, piece, mesh).flatten().split(piece.counts))
+        del came, sent  # as large as this rank's share of all matrices
         sent = torch.cat([update[:0], *(step[rank] for rank in ranks for step in steps)])
         back = _all_to_all(sent, there, here, mesh)
         for rank in ranks:
@@ -169,9 +170,9 @@ def scaled(step: Tensor) -> Tensor:
 
 
 def owners(counts: Sequence[Sequence[int]]) -> list[int]:
-    """Which rank computes each matrix, given how much of it each has: the one with least to do yet, of those
-    that have more than half as much as any.
+    """Which rank computes each matrix, given how much of it each has.
 
+    Of those with more than half as much as any it is the one that has the least to do so far.
     Example: owners([[4, 2], [3, 3], [3, 3]]) -> [0, 1, 0]
     """
     loads = [0] * len(counts[0]) if counts else []

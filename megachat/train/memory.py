@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import parameters
 from megachat.parallel.engine import Parallel
-from megachat.train.optimizers import SGD, Optimizer
+from megachat.train.optimizers import SGD, Muon, Optimizer
 
 BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once, its default."""
@@ -127,6 +127,8 @@ def memory(run: Run) -> Memory:
     weights = width * (sharded if cut_weights else own)
     master = 4 * sharded if zero else 0
     moments = 4 * moments_of(run.optimizer) * (sharded if cut_rest else own)
+    if isinstance(run.optimizer, Muon):  # of a block's matrices one number is remembered, not two
+        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.data if cut_rest else 1))
     return Memory(
         weights=weights,
         master=master,
@@ -144,13 +146,23 @@ def memory(run: Run) -> Memory:
 def parameters_per_rank(model: GPTConfig, vocab: int, tensor: int) -> int:
     """Weights that one tensor-parallel rank holds: a share of the blocks' matrices, and all else whole."""
     whole = parameters(model, vocab)
-    matrices = parameters(model.model_copy(update={"layers": 1}), 0) - model.dim - 2 * model.dim
-    matrices -= 2 * model.head_dim if model.qk_norm else 0
+    matrices = _matrices(model)
     return whole - model.layers * (matrices - matrices // tensor)
 
 
+def _matrices(model: GPTConfig) -> int:
+    """The weights in one block's matrices."""
+    norms = model.dim + 2 * model.dim + (2 * model.head_dim if model.qk_norm else 0)
+    return parameters(model.model_copy(update={"layers": 1}), 0) - norms
+
+
+def _matrices_per_rank(run: Run) -> int:
+    """Of all blocks, before ZeRO shards them."""
+    return run.model.layers * (_matrices(run.model) // run.parallel.tensor)
+
+
 def moments_of(optimizer: Optimizer) -> int:
-    """How many numbers an optimizer remembers of each weight."""
+    """How many numbers an optimizer remembers of each weight (Muon of what it leaves to AdamW)."""
     if isinstance(optimizer, SGD):
         return int(optimizer.momentum > 0)
     return 2
@@ -213,10 +225,20 @@ def _reduction(run: Run, own: int, sharded: int) -> int:
 def _step(run: Run, own: int, sharded: int) -> int:
     """A flat copy of the gradients (but ZeRO 0 and BF16's ZeRO 1), and two temporaries of a looping Adam."""
     flat = 4 * sharded if run.parallel.zero >= 2 or (run.parallel.zero == 1 and not run.bf16) else 0
+    if isinstance(run.optimizer, Muon):
+        return flat + _step_of_muon(run, own)
     if run.cuda or not moments_of(run.optimizer):
         return flat
     largest = run.vocab * run.model.dim if run.parallel.zero == 0 else sharded
     return flat + 2 * 4 * largest
+
+
+def _step_of_muon(run: Run, own: int) -> int:
+    """What data ranks send each other, receive, and have computed; and four copies of the largest matrix."""
+    matrices, ranks = _matrices_per_rank(run), run.data if run.parallel.zero else 1
+    exchanged = 3 * 4 * math.ceil(matrices / ranks) if ranks > 1 else 0
+    adam = run.vocab * run.model.dim if run.parallel.zero == 0 else math.ceil((own - matrices) / ranks)
+    return max(exchanged + 4 * 4 * run.model.dim * run.model.hidden, 0 if run.cuda else 2 * 4 * adam)
 
 
 def largest_micro_batch(run: Run, room: int | float) -> int:

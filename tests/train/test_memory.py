@@ -52,6 +52,15 @@ def test_zero_3_shards_all_that_lasts() -> None:
     assert needed.gradients == 4 * 138_420_736
 
 
+def test_muon_remembers_one_number_less_of_each_weight_in_the_blocks_matrices() -> None:
+    # 16 blocks of 2 x 2048 x 2048 (q, out), 2 x 2048 x 512 (k, v) and 3 x 2048 x 8192: 973,078,528 weights.
+    for zero, ranks in (("zero0", 1), ("zero3", 8)):
+        adamw, muon = (
+            memory(run(f"parallel={zero}", f"optimizer={name}")).moments for name in ("adamw", "muon")
+        )
+        assert adamw - muon == 4 * 973_078_528 // ranks
+
+
 def test_zero_0_in_bf16_has_fp32_weights_and_no_master_copy() -> None:
     needed = memory(run("parallel=zero0"))
     assert (needed.weights, needed.master, needed.moments) == tuple(
