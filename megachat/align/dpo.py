@@ -42,6 +42,7 @@ class DPO(Task):
     """Learn from preferences without a reward model."""
 
     name: ClassVar[str] = "dpo"
+    passes: ClassVar[int] = 4
 
     start: str
     """The stage whose model is trained on, and whose frozen copy is the reference."""

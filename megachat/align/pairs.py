@@ -68,7 +68,7 @@ def collate(pairs: Sequence[Pair[Rendered]], run: Running) -> Pairs:
     rows = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], run.tokenizer.pad)
     return Pairs(
         weight=float(len(pairs)),
-        tokens=int(rows.real.sum()),
+        work=rows.work(),
         samples=len(pairs),
         rows=rows.to(run.mesh.device),
     )

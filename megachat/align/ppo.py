@@ -112,6 +112,7 @@ class PPO(Task):
     """Learn from a reward model, by sampling answers and making the better ones likelier."""
 
     name: ClassVar[str] = "ppo"
+    passes: ClassVar[int] = 0
 
     start: str
     """The stage whose model is trained on, and whose frozen copy is the reference."""
@@ -332,9 +333,10 @@ def _taken(
 ) -> Sampled:
     """Some answers of a rollout as a micro-batch; a token of an answer weighs 1."""
     some = rows.at(chosen)
+    work = some.work()
     return Sampled(
-        weight=float(some.mask.sum()),
-        tokens=int(some.real.sum()),
+        weight=float(work.logits),
+        work=work,
         samples=len(chosen),
         rows=some,
         logps=logps[chosen],

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megachat.log import say
 from megachat.model.cross_entropy import IGNORE
+from megachat.model.size import Work
 
 T = TypeVar("T")
 
@@ -39,6 +40,11 @@ class Rows:
     def mask(self) -> Bool[Tensor, "batch seq"]:
         """Which positions have a label."""
         return self.labels != IGNORE
+
+    def work(self) -> Work:
+        """What they ask of a model that is asked for logits where there is a label."""
+        numbers = torch.stack([self.real.sum(-1), self.mask.sum(-1)]).tolist()  # one wait for a GPU
+        return Work.of(numbers[0], sum(numbers[1]))
 
     def part(self, start: int, stop: int) -> "Rows":
         """Some of the rows."""

@@ -22,6 +22,7 @@ from megachat.data.shards import read_split
 from megachat.log import say
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Sampling, generate
+from megachat.model.size import Work
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
 from megachat.train.loop import Batch, Losses, Running, Task, check_shards, measured, micro_batches
@@ -129,9 +130,10 @@ class SFT(Task):
 
     def _collate(self, rows: Sequence[list[Rendered]], run: Running) -> Said:
         full = packed(rows, run.tokenizer.pad, self.context)
+        trained = int((full.labels != IGNORE).sum())
         return Said(
-            weight=float((full.labels != IGNORE).sum()),
-            tokens=int((full.documents >= 0).sum()),
+            weight=float(trained),
+            work=Work.of([len(tokens) for row in rows for tokens, _ in row], trained),
             samples=len(rows),
             inputs=full.tokens.to(run.mesh.device),
             labels=full.labels.to(run.mesh.device),

@@ -1,6 +1,11 @@
-"""How large a model is and what a token costs, by formula: known before anything is allocated."""
+"""How large a model is and what training it takes, by formula: known before anything is allocated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megachat.model.gpt import GPTConfig
+
+Number = int | float
 
 
 def parameters(config: GPTConfig, vocab: int) -> int:
@@ -10,17 +15,75 @@ def parameters(config: GPTConfig, vocab: int) -> int:
     return config.layers * (_matrices(config) + norms) + config.dim + embeddings
 
 
-def flops_per_token(config: GPTConfig, vocab: int, seq: int) -> int:
-    """Multiplications and additions for one token of a sequence of `seq`, forward and backward.
+@dataclass(frozen=True)
+class Work:
+    """What a batch asks of a model. Padding is nothing."""
 
-    A weight costs 2 forward and 4 backward. Attention is counted as the causal half of the square, which is
-    all that has to be computed; figures that count the whole square (PaLM's, nanoGPT's) are higher. What
-    activation checkpointing computes again is not counted.
+    tokens: Number
+    """How many go in."""
+    pairs: Number
+    """How many pairs there are of a token and one that it sees: itself, or one before it in its document."""
+    logits: Number
+    """After how many of them it is asked for the next one's logits."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], logits: Number) -> "Work":
+        """Of documents so many tokens long, none of which sees another.
+
+        Example: Work.of([3, 2], 4) -> Work(tokens=5, pairs=9, logits=4): 1 + 2 + 3 and 1 + 2.
+        """
+        return cls(sum(lengths), sum(length * (length + 1) // 2 for length in lengths), logits)
+
+
+NOTHING = Work(0, 0, 0)
+
+
+def forward_flops(config: GPTConfig, vocab: int, work: Work) -> Number:
+    """Multiplications and additions of a forward pass.
+
+    2 for each token and weight of the blocks' matrices, among which grouped queries make those of keys and
+    values smaller; 4 for each pair, head and number in it (the score, and the value added by it); 2 for each
+    logit and number in a state, whether the output layer is tied or not. Looking up an embedding takes none,
+    and norms, rotations, softmax and SwiGLU's product are left out: below 1 % of models worth the question.
     """
-    weights = config.layers * _matrices(config) + vocab * config.dim
-    # Scores and their weighted sum: 2 products of 2 flops with seq / 2 keys, forward once and backward twice.
-    attention = config.layers * 6 * seq * config.heads * config.head_dim
-    return 6 * weights + attention
+    blocks = 2 * _matrices(config) * work.tokens + 4 * config.heads * config.head_dim * work.pairs
+    return config.layers * blocks + 2 * config.dim * vocab * work.logits
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What it takes to train a model: the numerators of MFU and HFU, over all ranks.
+
+    A weight costs 2 forward and 4 backward, so training takes as much as three forward passes. Attention is
+    counted by the pairs that see each other, which is all that has to be computed: figures that count the
+    causal half of the whole row, or all of it (PaLM's, nanoGPT's), are higher. What is computed and does not
+    have to be is not counted: padding, pairs that are masked, the output layer that each tensor-parallel rank
+    computes whole, and what was done for a step that is then skipped.
+    """
+
+    config: GPTConfig
+    vocab: int
+    """0 for a model that gives no logits."""
+    passes: int
+    """Forward passes that a step takes as much as."""
+    recomputed: bool
+    """Whether blocks are computed again in the backward pass."""
+
+    def of_model(self, work: Work) -> Number:
+        """What the losses and gradients take, however they are computed."""
+        return self.passes * forward_flops(self.config, self.vocab, work)
+
+    def of_hardware(self, work: Work) -> Number:
+        """With what activation checkpointing computes again: the blocks, but for their last product."""
+        if not self.recomputed:
+            return self.of_model(work)
+        last = 2 * self.config.layers * self.config.hidden * self.config.dim * work.tokens
+        return self.of_model(work) + forward_flops(self.config, 0, work) - last
+
+
+def flops_per_token(config: GPTConfig, vocab: int, seq: int) -> int:
+    """What training takes for a token of rows of `seq` that are one document each."""
+    return round(Flops(config, vocab, 3, False).of_model(Work(1, seq / 2, 1)))
 
 
 def _matrices(config: GPTConfig) -> int:

@@ -45,7 +45,7 @@ from megachat.train.forecast import (
     worst,
 )
 from megachat.train.memory import ROOM
-from megachat.train.metrics import PEAK_BF16, peak_flops
+from megachat.train.metrics import PEAKS, Precision, known_as, peak_flops
 from megachat.train.pretrain import Pretrain
 
 PATIENCE = 60.0
@@ -236,12 +236,14 @@ class Doctor(Pretrain):
 
     def peak(self, job: Job) -> float | None:
         """FLOP/s of one device."""
+        precision: Precision = "bf16" if job.bf16 else "fp32"
         if self.device is None:
             kind = "cuda" if torch.cuda.is_available() else "cpu"
             return (
-                None if self.gpus is not None and kind == "cpu" else peak_flops(torch.device(kind), job.bf16)
+                None if self.gpus is not None and kind == "cpu" else peak_flops(torch.device(kind), precision)
             )
-        return next((peak for part, peak in PEAK_BF16.items() if part in self.device), None)
+        peak = PEAKS.get(known_as(self.device))
+        return None if peak is None else peak.of(precision)
 
     def measured(self) -> float | None:
         """Tokens a second of this very run, if it has begun on this machine."""

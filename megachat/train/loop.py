@@ -29,7 +29,8 @@ from megachat.data.loader import places
 from megachat.data.shards import first_damaged, written
 from megachat.files import sha256
 from megachat.log import Recorder, progress, say
-from megachat.model.size import flops_per_token
+from megachat.model.gpt import GPT
+from megachat.model.size import NOTHING, Flops, Work
 from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
 from megachat.parallel.mesh import Mesh, be_patient, divisors, expected_world, start
@@ -39,7 +40,7 @@ from megachat.parallel.tensor import check_fits
 from megachat.run import Stage, Superseded, begin, differences, finish, record_config
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.guard import Guard, Skipped, Span, Unequal, compare, culprits
-from megachat.train.metrics import memory_gib, peak_flops
+from megachat.train.metrics import memory_gib, peak_of_all
 from megachat.train.optimizers import Optimizer
 from megachat.train.schedules import Schedule
 from megachat.train.watch import Watch, Watching
@@ -93,8 +94,8 @@ class Batch:
 
     weight: float
     """What the loss sums over: tokens trained on, or pairs. The loop divides by it."""
-    tokens: int
-    """How many tokens pass through the model, for the throughput."""
+    work: Work
+    """What it asks of the model, for the meters."""
     samples: int
     """How many samples it holds, for the position in the data; 0: idle, nothing of it counts."""
 
@@ -118,7 +119,7 @@ def micro_batches(
     for part in parts(own, size):
         yield collate(part)
     for _ in range(math.ceil(most / size) - math.ceil(len(own) / size)):
-        yield replace(collate((own or spare)[:1]), weight=0.0, tokens=0, samples=0)
+        yield replace(collate((own or spare)[:1]), weight=0.0, work=NOTHING, samples=0)
 
 
 def measured(
@@ -165,8 +166,8 @@ class Running:
     """Of the settings and inputs, as rank 0 sees them."""
     total: int = 0
     """Optimizer steps of the whole run."""
-    flops: float = 0.0
-    """Floating-point operations that it takes to train on a token."""
+    flops: Flops | None = None
+    """What training takes; None where it is not counted."""
     engines: dict[str, Engine] = field(default_factory=dict)
     """The models in training, by role. `model` is the one to talk to."""
     frozen: dict[str, nn.Module] = field(default_factory=dict)
@@ -205,6 +206,9 @@ class Task(Stage):
     """A training stage: settings, its batches, and what one costs."""
 
     trains: ClassVar[bool] = True
+    passes: ClassVar[int] = 3
+    """A step takes as much as so many forward passes through the model, two of which are its backward pass.
+    0: it takes more than can be told by them, and MFU is n/a."""
 
     parallel: Parallel
     """How the model is spread over processes."""
@@ -353,7 +357,7 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
     trunk = checkpoint.trunk(models["model"])
     check_fits(trunk.config, task.parallel.tensor)
-    run.flops = float(flops_per_token(trunk.config, trunk.vocab, task.context))
+    run.flops = flops_of(task, models["model"])
     if task.preflight and (mesh.world > 1 or mesh.device.type == "cuda"):
         watch.at("preflight")
         preflight(mesh, task.folder, _checkpoint_bytes(models))
@@ -404,6 +408,13 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     return run, saver
 
 
+def flops_of(task: Task, model: nn.Module) -> Flops | None:
+    """What training this model takes; None where that is not counted."""
+    trunk = checkpoint.trunk(model)
+    vocab = trunk.vocab if isinstance(model, GPT) else 0  # a score from each state is next to nothing
+    return Flops(trunk.config, vocab, task.passes, task.parallel.checkpointing) if task.passes else None
+
+
 def _describe(task: Task, tokenizer: Tokenizer) -> None:
     """Into the run's folder: what it was asked for, and what its tokens mean."""
     record_config(task)
@@ -425,7 +436,7 @@ class Trainer:
         """`begun` is when it would have begun, had no earlier attempt been cut off."""
         self.task, self.run, self.saver, self.recorder, self.bar = task, run, saver, recorder, bar
         self.begun, self.looked = begun, time.monotonic()
-        self.meter = _Meter(run, peak_flops(run.mesh.device, task.parallel.bf16))
+        self.meter = _Meter(run, peak_of_all(run.mesh, "bf16" if task.parallel.bf16 else "fp32"))
         self.compared = run.progress.step
         """Up to where replicas are known to be the same."""
         self.rollbacks = 0
@@ -595,8 +606,9 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
     Returns sums over all ranks; {} of a step without an update, whose batch is skipped.
     """
     run.watch.at("count")
-    local = [sum(getattr(batch, name) for batch in batches) for name in ("weight", "tokens", "samples")]
-    weight, tokens, samples = run.mesh.sum_tensor(torch.tensor(local, dtype=torch.float64)).tolist()
+    counts = [[batch.weight, batch.samples, *astuple(batch.work)] for batch in batches]
+    local = torch.tensor(counts, dtype=torch.float64).sum(0)
+    weight, samples, *work = run.mesh.sum_tensor(local).tolist()
     first, last = run.progress.samples, run.progress.samples + int(samples) - 1
     if task.shifts(run):
         run.progress.recent = []
@@ -627,9 +639,10 @@ def train_step(task: Task, run: Running, batches: list[Batch], rate: float) -> d
             run.skipped.add(run.progress.step + 1, first, last, why)
     elif task.guard.spike:
         run.progress.recent = [*run.progress.recent, sums["loss"] / weight][-task.guard.window :]
-    run.progress.tokens += int(tokens)
+    done = dict(zip(("tokens", "pairs", "logits"), work, strict=True))
+    run.progress.tokens += int(done["tokens"])
     run.progress.samples += int(samples)
-    return {} if why else sums | {"weight": weight, "tokens": tokens}
+    return {} if why else sums | {"weight": weight} | done
 
 
 @dataclass(frozen=True)
@@ -689,6 +702,7 @@ class _Meter:
     """Adds up steps between two logged rows; means are over the weight, throughput over the wall clock."""
 
     def __init__(self, run: Running, peak: float | None) -> None:
+        """`peak` is that of all devices together, in FLOP/s."""
         self.run, self.peak = run, peak
         self.restart()
 
@@ -704,15 +718,17 @@ class _Meter:
     def report(self, seconds: float) -> dict[str, float | int | None]:
         """The row to log; the sums start again."""
         weight = self.sums.pop("weight", None)  # None: all batches were skipped
-        speed = self.sums.pop("tokens", 0.0) / (time.monotonic() - self.since)
-        peak = None if self.peak is None else self.peak * self.run.mesh.world
+        work = Work(*(self.sums.pop(name, 0.0) for name in ("tokens", "pairs", "logits")))
+        passed, flops = time.monotonic() - self.since, self.run.flops
+        possible = None if self.peak is None or flops is None else self.peak * passed
         row: dict[str, float | int | None] = {
             "step": self.run.progress.step,
             **{name: value / weight for name, value in self.sums.items() if weight},
             "learning_rate": self.rate,
             "tokens": self.run.progress.tokens,
-            "tokens_per_second": speed,
-            "mfu": None if peak is None else speed * self.run.flops / peak,
+            "tokens_per_second": work.tokens / passed,
+            "mfu": flops.of_model(work) / possible if flops and possible else None,
+            "hfu": flops.of_hardware(work) / possible if flops and possible else None,
             "memory_gib": memory_gib(self.run.mesh.device),
             "seconds": seconds,
             **self.run.watch.figures,

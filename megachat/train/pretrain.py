@@ -36,6 +36,7 @@ from megachat.evals.bits import spread
 from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
+from megachat.model.size import Work
 from megachat.parallel.tensor import check_fits
 from megachat.train.forecast import Job
 from megachat.train.loop import Batch, Losses, Running, Task, check_shards, micro_batches, parts
@@ -244,9 +245,11 @@ def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
     }
     labels.ravel()[[*unseen]] = -100
     inputs, documents = tokens[:, :-1].astype(np.int64), documents_of(rows)[:, :-1].copy()
+    lengths = [size for _, edges in rows for size in np.diff(np.minimum(edges, length)).tolist()]
+    trained = labels.size - len(unseen)
     return Tokens(
-        weight=float(labels.size - len(unseen)),
-        tokens=labels.size,
+        weight=float(trained),
+        work=Work.of(lengths, trained),
         samples=len(rows),
         inputs=torch.from_numpy(inputs).to(device),
         labels=torch.from_numpy(labels).to(device),

@@ -4,14 +4,18 @@ A batch of 8 samples on 3 data ranks is 3, 3 and 2. Sampled answers are the same
 losses of PPO's policy and critic can be compared as those of other stages can.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from megachat.train.loop import train_step
+from megachat.model.size import NOTHING, Work
+from megachat.train.loop import flops_of, train_step
 from tests.align import tiny
 from tests.spawn import on_ranks
 
@@ -44,7 +48,7 @@ def test_an_idle_micro_batch_changes_nothing_to_the_last_bit(name: str, inputs: 
         state = tiny.running(task)
         batches = next(task.batches(state))
         if idle:
-            batches += [replace(batches[0], weight=0.0, tokens=0, samples=0)]
+            batches += [replace(batches[0], weight=0.0, work=NOTHING, samples=0)]
         sums = train_step(task, state, batches, rate=1e-2)
         weights = [weight for engine in state.engines.values() for weight in engine.module.parameters()]
         ends.append((sums, state.progress, weights))
@@ -52,6 +56,27 @@ def test_an_idle_micro_batch_changes_nothing_to_the_last_bit(name: str, inputs: 
     assert sums == other_sums
     assert progress == other_progress
     assert all(torch.equal(one, other) for one, other in zip(weights, other_weights, strict=True))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_step_takes_the_flops_that_are_counted(name: str, inputs: Path, run: Path) -> None:
+    task = tiny.stage(name, inputs, run, "batch=8", "micro_batch=8", *STAGES[name])
+    state = tiny.running(task)
+    (batch,) = next(task.batches(state))
+    # Among the kernels of attention torch counts only the plain one, which computes the whole square.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = task.loss(state, batch)
+        for role, loss in result.losses.items():
+            state.engines[role].backward(loss, last=True)
+    flops = flops_of(task, state.engines["model"].module)
+    if name == "ppo":
+        assert flops is None  # rollouts, judges and a critic: no number of passes tells them
+        return
+    tokens = batch.inputs if name == "sft" else batch.rows.tokens
+    rows, seq = tokens.shape
+    logits = math.ceil(batch.work.logits / 128) * 128  # the model pads them
+    assert flops is not None
+    assert flops.of_model(Work(rows * seq, rows * seq**2, logits)) == counter.get_total_flops()
 
 
 @on_ranks(1)

@@ -10,6 +10,7 @@ import torch
 
 from megachat.align.pairs import collate, rendered
 from megachat.data.conversations import Message, Preference
+from megachat.model.size import NOTHING, Work
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import Batch, Progress, Running, measured, micro_batches, parts
 from tests.align import tiny
@@ -34,7 +35,7 @@ def test_a_batch_holds_the_chosen_answers_first(inputs: Path, run: Path):
     ):
         tokens, _ = getattr(state.data.train[pair], side)
         assert batch.rows.tokens[row][batch.rows.real[row]].tolist() == tokens
-    assert (batch.weight, batch.samples, batch.tokens) == (3.0, 3, int(batch.rows.real.sum()))
+    assert (batch.weight, batch.samples, batch.work.tokens) == (3.0, 3, int(batch.rows.real.sum()))
 
 
 def test_any_number_of_ranks_trains_on_what_one_would(inputs: Path, run: Path):
@@ -62,7 +63,9 @@ class Some(Batch):
 
 
 def some(items: Sequence[int]) -> Some:
-    return Some(weight=10.0 * len(items), tokens=len(items), samples=len(items), items=list(items))
+    return Some(
+        weight=10.0 * len(items), work=Work.of([len(items)], 0), samples=len(items), items=list(items)
+    )
 
 
 class Apart(Running):
@@ -88,7 +91,7 @@ def test_a_rank_with_fewer_samples_goes_along_with_one_that_counts_nothing():
     assert [*micro_batches([4, 5, 6], 3, 2, some)] == [some([4, 5]), some([6])]
     full, idle = micro_batches([7, 8], 3, 2, some)
     assert full == some([7, 8])
-    assert idle == Some(weight=0.0, tokens=0, samples=0, items=[7])
+    assert idle == Some(weight=0.0, work=NOTHING, samples=0, items=[7])
     assert [*micro_batches([7, 8], 3, 3, some)] == [full]
 
 

@@ -32,6 +32,7 @@ from megachat.align.rows import Rows
 from megachat.config import ConfigError
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import generate
+from megachat.model.size import NOTHING
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import Losses, Running, train_step
 from tests.align import tiny
@@ -327,11 +328,11 @@ def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):
         *(torch.cat([getattr(one.rows, name) for one in singles]) for name in ("tokens", "labels", "real"))
     )
     tensors["logps"] = tensors["logps"] + 0.3 * torch.randn_like(tensors["logps"])  # some are clipped
-    whole = Sampled(weight=0.0, tokens=0, samples=16, rows=rows, **tensors)
+    whole = Sampled(weight=0.0, work=NOTHING, samples=16, rows=rows, **tensors)
     parts = [
         Sampled(
             weight=0.0,
-            tokens=0,
+            work=NOTHING,
             samples=1,
             rows=rows.part(i, i + 1),
             **{n: t[i : i + 1] for n, t in tensors.items()},
@@ -398,7 +399,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path,
     shutil.rmtree(run / "ppo" / "checkpoints" / "step-00000012")
     (run / "ppo" / "done.json").unlink()
     tiny.stage("ppo", inputs, run, *settings).execute()
-    clocks = {"seconds", "rollout/seconds", "tokens_per_second", "mfu", "memory_gib"}
+    clocks = {"seconds", "rollout/seconds", "tokens_per_second", "memory_gib"}
     first, second = (
         [
             {name: row[name] for name in row if name not in clocks and "checkpoint/" not in name}

@@ -6,6 +6,7 @@ from torch import tensor
 
 from megachat.align.rows import drawn, pack, packed, padded, that_fit
 from megachat.model.cross_entropy import IGNORE as NO
+from megachat.model.size import Work
 
 SHORT = ([1, 5, 9], [0, 0, 1])
 LONG = ([1, 6, 7, 8, 9], [0, 0, 1, 0, 1])
@@ -23,6 +24,11 @@ def test_padding_is_not_told_by_its_id():
     rows = padded([([1, 9], [0, 1]), LONG], pad=9)  # 9 is also a trained token
     assert rows.labels[0].tolist() == [9, NO, NO, NO, NO]
     assert rows.real[0].tolist() == [True, True, False, False, False]
+
+
+def test_the_work_of_rows_is_that_of_their_real_tokens():
+    rows = padded([([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 1])], pad=0)
+    assert rows.work() == Work(tokens=3 + 2, pairs=(1 + 2 + 3) + (1 + 2), logits=2 + 1)
 
 
 def test_packed_conversations_keep_their_labels_and_get_no_label_across_the_wall():

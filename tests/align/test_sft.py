@@ -10,6 +10,7 @@ from megachat.align.rows import padded
 from megachat.align.sft import SFT
 from megachat.config import compose
 from megachat.data.conversations import Conversation, Message
+from megachat.model.size import Work
 from megachat.run import Stage, perform
 from megachat.tokenizer.chat_format import render
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -38,6 +39,9 @@ def test_a_packed_row_costs_what_its_conversations_cost_one_by_one(inputs: Path,
     assert len(set(together.documents.flatten().tolist())) == 4  # three, and the padding
     alone = [task._collate([[one]], state) for one in rendered]
     assert together.weight == sum(batch.weight for batch in alone)
+    assert together.work == Work(
+        *(sum(getattr(one.work, name) for one in alone) for name in ("tokens", "pairs", "logits"))
+    )
     cost = sum(task.loss(state, batch).losses["model"] for batch in alone)
     assert_close(task.loss(state, together).losses["model"], cost, rtol=1e-5, atol=0)
 

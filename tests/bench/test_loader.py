@@ -22,7 +22,7 @@ def test_a_plain_memmap_makes_the_tensors_that_training_is_given(tmp_path: Path)
         assert torch.equal(one.labels, other.labels)
         # Their numbers do not matter, only which are the same: what attention looks at.
         assert torch.equal(one.documents.diff() != 0, other.documents.diff() != 0)
-        assert (one.weight, one.tokens, one.samples) == (other.weight, other.tokens, other.samples)
+        assert (one.weight, one.work.tokens, one.samples) == (other.weight, other.work.tokens, other.samples)
 
 
 def test_padding_is_not_counted(tmp_path: Path) -> None:

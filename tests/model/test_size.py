@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megachat.config import decode, plain
 from megachat.model.gpt import GPT, GPTConfig
-from megachat.model.size import flops_per_token, parameters
+from megachat.model.size import Flops, Work, flops_per_token, forward_flops, parameters
 from megachat.stages import CONF
-from tests.model.test_gpt import TINY, VOCAB, some_tokens, tiny
+from tests.model.test_gpt import TINY, VOCAB, some_tokens
 
 MODELS = sorted((CONF / "model").glob("*.yaml"))
 
@@ -55,13 +56,32 @@ def test_every_model_splits_over_two_ranks_and_the_large_ones_over_eight(path: P
     assert config.hidden % ranks == 0
 
 
-def test_flops_of_the_weights_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_are_those_that_torch_counts(tied: bool, recomputed: bool) -> None:
     batch, seq = 2, 16
-    with FlopCounterMode(display=False) as counter:
-        tiny()(some_tokens(batch, seq)).sum().backward()
-    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    attention = TINY.layers * 6 * seq * TINY.heads * TINY.head_dim
-    assert (flops_per_token(TINY, VOCAB, seq) - attention) * batch * seq == counted
+    config = TINY.model_copy(update={"tied": tied})
+    model = config.build(VOCAB)
+    model.checkpointing = recomputed
+    # Among the kernels of attention torch counts only the plain one, which computes the whole square.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(some_tokens(batch, seq)).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    work = Work(tokens=batch * seq, pairs=batch * seq**2, logits=batch * seq)
+    flops = Flops(config, VOCAB, 3, recomputed)
+    assert flops.of_hardware(work) == counted[torch.ops.aten.mm] + counted[torch.ops.aten.bmm]
+    assert flops.of_model(work) == Flops(config, VOCAB, 3, False).of_hardware(work)
+
+
+def test_a_token_sees_itself_and_those_before_it_in_its_document() -> None:
+    assert Work.of([3, 2], logits=4) == Work(tokens=5, pairs=(1 + 2 + 3) + (1 + 2), logits=4)
+
+
+def test_a_forward_pass_of_one_token_is_two_flops_a_weight() -> None:
+    weights = parameters(TINY, VOCAB)
+    unused = 5 * TINY.dim + 2 * 2 * TINY.head_dim  # norms; the embedding is the output layer, too
+    attention = TINY.layers * 2 * 2 * TINY.heads * TINY.head_dim  # a score, and a value times it
+    assert forward_flops(TINY, VOCAB, Work(1, 1, 1)) == 2 * (weights - unused) + attention
 
 
 def test_flops_of_attention_are_the_causal_half() -> None:

@@ -10,6 +10,7 @@ import torch
 from megachat.config import compose
 from megachat.data.document import Document, read_documents, write_documents
 from megachat.data.loader import Window
+from megachat.model.size import Work
 from megachat.run import Stage, perform
 from megachat.train.pretrain import _collate
 from tests.spawn import on_ranks
@@ -106,3 +107,10 @@ def test_shards_of_another_tokenizer_are_refused(run: Path) -> None:
     make(run)
     perform(Stage.of(compose("tokenizer", [f"run={run}", "vocab=301", "threads=1", "log.wandb=disabled"])))
     refused(run=run)
+
+
+def test_the_work_of_a_row_is_that_of_its_documents_without_padding() -> None:
+    row = Window(np.arange(9), [0, 3, 7])  # 9 tokens, the last of them only a label; two are padding
+    work = _collate([row, Window(np.arange(9), [0, 9])], CPU).work
+    # Documents of 3, 4 and 8 tokens; no label comes from another document, or from padding.
+    assert work == Work(tokens=3 + 4 + 8, pairs=6 + 10 + 36, logits=2 + 3 + 8)

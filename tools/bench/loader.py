@@ -26,6 +26,7 @@ from megachat.data.loader import WHOLE, Mixed, Plan, TokenWindows, Window, ahead
 from megachat.data.mixture import Phase
 from megachat.data.packing import PackedRows, pack
 from megachat.data.shards import Shard, Shards, ShardWriter
+from megachat.model.size import Work
 from megachat.train.loop import parts
 from megachat.train.pretrain import Tokens, _collate
 
@@ -128,7 +129,7 @@ def batch(rows: NDArray[np.int64]) -> Tokens:
     labels = np.where(rows[:, 1:] == BOS, -100, rows[:, 1:])
     return Tokens(
         weight=float((labels != -100).sum()),
-        tokens=labels.size,
+        work=Work.of([labels.shape[1]] * len(rows), labels.size),
         samples=len(rows),
         inputs=torch.from_numpy(np.ascontiguousarray(rows[:, :-1])),
         labels=torch.from_numpy(labels),
