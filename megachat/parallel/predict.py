@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megachat.model.gpt import GPTConfig
-from megachat.model.size import flops_per_token
+from megachat.model.size import Flops, Work, flops_per_token
 from megachat.parallel.volume import Layout, Sent, volume
 
 
@@ -125,7 +125,7 @@ def wait(sent: Sent, layout: Layout, cluster: Cluster) -> float:
 
 def _flops(config: GPTConfig, vocab: int, layout: Layout) -> float:
     """Of one GPU in one micro-batch: its share of the blocks, and the output layer, which each has whole."""
-    head = 6 * vocab * config.dim
-    blocks = flops_per_token(config, vocab, layout.seq) - head
-    again = 4 / 3 if layout.checkpointing else 1.0
-    return layout.micro_batch * layout.seq * (again * blocks / layout.tensor + head)
+    tokens = layout.micro_batch * layout.seq
+    work = Work(tokens, tokens * layout.seq / 2, tokens)  # as `flops_per_token` counts pairs
+    blocks = Flops(config, 0, 3, layout.checkpointing).of_hardware(work)
+    return blocks / layout.tensor + 6 * vocab * config.dim * work.logits
