@@ -15,6 +15,7 @@ from megachat.stages import stages
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "README.zh-CN.md", "slurm/README.md", ".github/CONTRIBUTING.md"]
+RECORDS = [".github/CHANGELOG.md", ".github/DECISIONS.md", ".github/SCALING.md"]
 SCRIPTS = {
     "tools/quickstart.sh": ["pipeline", "experiment=quickstart"],
     "slurm/pretrain.sh": ["pretrain"],
@@ -112,7 +113,7 @@ def test_each_readme_leads_to_the_other_in_its_first_line() -> None:
     assert "(README.md)" in first[1]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ".github/CHANGELOG.md", ".github/DECISIONS.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *RECORDS])
 def test_every_file_that_is_named_is_there(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     missing = []
