@@ -410,6 +410,11 @@ def _meet(rank: int, world: int, patience: float) -> Meeting:
     except RuntimeError:
         raise TimeoutError(f"rank {rank} ({me}) met rank 0 at {host}:{port}, which has gone since") from None
     if problem:
+        store.set(f"heard/{rank}", "")
+        if rank == 0:  # with this process the store goes, and the others wait in it for what is wrong
+            heard = [f"heard/{other}" for other in range(world) if store.check([f"came/{other}"])]
+            with suppress(dist.DistError):
+                store.wait(heard, timedelta(seconds=30))
         raise TimeoutError(problem)
     return Meeting(host, port, served, leader)
 
