@@ -1,6 +1,7 @@
 """A tiny model of ours trained with a plain DeepSpeed engine, as somebody would have without megachat."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ def deepspeed_engine(config: dict[str, Any], vocab: int = VOCAB, frozen: bool = 
         "train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31, "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
+    optimizer = None if "optimizer" in config else partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95))
     with _quiet():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
-            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)),
+            optimizer=optimizer,
             config=common | config,
             dist_init_required=False,
         )

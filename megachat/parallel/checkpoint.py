@@ -212,6 +212,13 @@ class Checkpoint:
     @contextmanager
     def _tensors(self, where: Mapping[str, str], name: str) -> Iterator[Any]:
         """The open file that holds a tensor."""
+        role, _, rest = name.partition("/")
+        kind, _, parameter = rest.partition(".")
+        if name not in where and f"{role}/weight.{parameter}" in where:
+            raise ValueError(
+                f"{self.path} holds no {kind} of {role}/{parameter}: it was written with another optimizer; "
+                "set optimizer=... back"
+            )
         if name not in where:
             raise ValueError(f"{self.path} holds no tensor {name}: it was written by another architecture")
         path = self.path / where[name]

@@ -26,6 +26,8 @@ from megachat.parallel.engine import PLAIN_CLASSES
 
 WEIGHT = "weight"
 """The kind of tensor that is not a moment, as in our own checkpoints."""
+MUON = {"exp_avg", "momentum_buffer"}
+"""What its optimizer remembers: the one of some parameters and the other of others."""
 REMEDY = "convert it with `python -m deepspeed.checkpoint.ds_to_universal` and import what that writes"
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -171,9 +173,12 @@ def _own(folder: Path, moments: bool) -> Source:
             )
         _refuse_fused(folder, state)
         if stage == 0:
-            parts, taken = _zero0(folder, state, moments), _steps(_inner(state["optimizer"] or {}))
+            inner = _inner(state["optimizer"] or {})
+            _leave_muon(folder, [inner], moments)
+            parts, taken = _zero0(folder, state, moments), _steps(inner)
         elif rank in shards:
             optimizers = _optimizers(folder, shards[rank])
+            _leave_muon(folder, [_base(one) for one in optimizers], moments)
             parts = (_zero3 if stage == 3 else _zero12)(folder, state["param_shapes"], optimizers)
             parts |= {name: part for name, part in _untrained(states).items() if name not in parts}
             taken = set().union(*(_steps(_base(one)) for one in optimizers))
@@ -208,8 +213,31 @@ def _own(folder: Path, moments: bool) -> Source:
     )
 
 
+def _leave_muon(folder: Path, states: Sequence[State], wanted: bool) -> None:
+    """Takes what DeepSpeed's Muon remembers out of the states, where it is not wanted."""
+    kinds = {kind for state in states for one in state.get("state", {}).values() for kind in one}
+    if wanted:
+        _refuse_muon(folder, kinds)
+    elif kinds >= MUON:
+        for state in states:
+            for one in state["state"].values():
+                one.clear()
+            state["state"].clear()
+
+
+def _refuse_muon(folder: Path, kinds: Collection[str]) -> None:
+    """Its ranks have whole matrices' momentum in ZeRO 1 and 2, so that one momentum is there twice."""
+    if set(kinds) >= MUON:
+        raise ValueError(
+            f"{folder} is of DeepSpeed's Muon, whose momentum cannot be imported; "
+            "moments=false imports the weights alone"
+        )
+
+
 def _imported(folder: Path, kinds: Collection[str], wanted: bool) -> tuple[str, ...]:
     """The kinds of moments to import, of those that there are."""
+    if wanted:
+        _refuse_muon(folder, kinds)
     if wanted and not kinds:
         raise ValueError(
             f"{folder} holds no moments of an optimizer; moments=false imports the weights alone"

@@ -26,8 +26,8 @@ from megachat.run import Stage
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.train.loop import Progress
 
-ADAM = ("exp_avg", "exp_avg_sq")
-"""What `pretrain` needs to go on, where nothing was saved of it."""
+FRESH = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What `pretrain` needs to go on, with any optimizer, where nothing was saved of it."""
 
 
 class ImportDeepSpeed(Stage):
@@ -43,7 +43,7 @@ class ImportDeepSpeed(Stage):
     model: GPTConfig
     """The shape of the model; its vocabulary is the tokenizer's."""
     moments: bool
-    """Whether the optimizer's moments come along. Without, Adam's begin at zero, as in a new run."""
+    """Whether the optimizer's moments come along. Without, they begin at zero, as in a new run."""
     rename: list[tuple[str, str]]
     """Pairs of a pattern and what takes its place in the names of their parameters, one after the other:
     rename=[["^module[.]", ""], ["^h[.]", "blocks."]]"""
@@ -144,7 +144,7 @@ def tensors(
     for name, shape in expected.items():
         for kind in (WEIGHT, *source.moments):
             yield f"model/{kind}.{name}", source.read(theirs[name], kind, shape)
-        for kind in () if source.moments else ADAM:
+        for kind in () if source.moments else FRESH:
             yield f"model/{kind}.{name}", torch.zeros(shape)
 
 

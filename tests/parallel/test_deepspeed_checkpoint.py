@@ -413,6 +413,34 @@ def test_two_ranks_of_deepspeed_are_read_bit_for_bit(tmp_path: Path, config: dic
 
 @pytest.mark.slow
 @on_ranks(2)
+def test_of_deepspeeds_muon_the_weights_alone_are_read(tmp_path: Path) -> None:
+    import torch._dynamo
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    torch._dynamo.config.disable = True  # it would compile each shape
+    mesh = start(1)
+    for zero in (0, 1, 2, 3):
+        stage = {"zero_optimization": {"stage": zero, "reduce_scatter": False}}
+        muon = {"type": "Muon", "params": {"lr": 1e-2, "torch_adam": True}}
+        engine = deepspeed_engine({"optimizer": muon} | stage)
+        train(engine, range(3), mesh.data_rank)
+        path = tmp_path / str(zero)
+        save(engine, path)
+        mesh.barrier()
+        with pytest.raises(
+            ValueError, match="DeepSpeed's Muon, whose momentum cannot be imported; moments=false"
+        ):
+            open_source(path, None, moments=True)
+        source = open_source(path, None, moments=False)
+        assert (source.step, source.moments) == (3, ())
+        for name, parameter in engine.module.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = parameter if zero < 3 else safe_get_full_fp32_param(parameter)
+            assert torch.equal(source.read(name, "weight", shape), whole), (zero, name)
+
+
+@pytest.mark.slow
+@on_ranks(2)
 def test_parameters_dealt_round_robin_are_read_in_that_order(tmp_path: Path) -> None:
     # DeepSpeed 0.19's own accessors, and so ds_to_universal, mistake one parameter for another here.
     mesh = start(1)

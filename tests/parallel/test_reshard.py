@@ -181,3 +181,9 @@ def test_another_architecture_is_refused_before_anything_is_loaded(tmp_path: Pat
     deeper = engine_of(task(1, 1, "model.layers=3"), mesh)
     with pytest.raises(ValueError, match=r"holds no tensor model/weight.blocks.2"):
         saved.check_shapes("model", deeper.tensors())
+    other = engine_of(task(1, 1, "optimizer=muon"), mesh)
+    with pytest.raises(
+        ValueError,
+        match=r"no momentum_buffer of model/blocks.0.attn.q.weight: it was written with another opt",
+    ):
+        saved.check_shapes("model", other.tensors())
