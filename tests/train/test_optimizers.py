@@ -124,6 +124,8 @@ def test_muon_passes_over_what_has_no_gradient() -> None:
 def test_each_matrix_is_computed_by_a_rank_that_has_most_of_it_in_turn() -> None:
     assert owners([[4, 2], [3, 3], [3, 3]]) == [0, 1, 0]
     assert owners([[0, 0, 5], [2, 2, 1], [2, 2, 1]]) == [2, 0, 1]
+    assert owners([[2, 4]]) == [1]  # half is not enough
+    assert owners([[3, 5], [3, 5]]) == [0, 1]
     assert owners([]) == []
 
 
