@@ -708,18 +708,21 @@ class _Meter:
 
     def restart(self) -> None:
         self.sums: dict[str, float] = {}
-        self.since = time.monotonic()
+        self.steps, self.since = 0, time.monotonic()
+        self.run.watch.split.take(1)
 
     def add(self, sums: dict[str, float], rate: float) -> None:
         self.rate = rate
+        self.steps += 1
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def report(self, seconds: float) -> dict[str, float | int | None]:
         """The row to log; the sums start again."""
+        passed, split = time.monotonic() - self.since, self.run.watch.split.take(self.steps)
         weight = self.sums.pop("weight", None)  # None: all batches were skipped
         work = Work(*(self.sums.pop(name, 0.0) for name in ("tokens", "pairs", "logits")))
-        passed, flops = time.monotonic() - self.since, self.run.flops
+        flops = self.run.flops
         possible = None if self.peak is None or flops is None else self.peak * passed
         row: dict[str, float | int | None] = {
             "step": self.run.progress.step,
@@ -731,6 +734,7 @@ class _Meter:
             "hfu": flops.of_hardware(work) / possible if flops and possible else None,
             "memory_gib": memory_gib(self.run.mesh.device),
             "seconds": seconds,
+            **split,
             **self.run.watch.figures,
             **({"guard/skipped": self.run.progress.skipped} if self.run.progress.skipped else {}),
             **self.run.notes,

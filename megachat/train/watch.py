@@ -6,7 +6,8 @@ The loop says what it begins with `watch.at("forward")`. From that come three th
 - A thread in every rank that publishes how far its rank is, and whether it waits in a collective. When this
   rank stands still, that tells who is waited for: the one that does not answer (frozen, killed, Python's lock
   held by a loop in C), else the one that is in no collective, else the one that is behind.
-- How long each rank works without waiting for others; a rank that is slower than its peers is named.
+- How long each rank works without waiting for others; a rank that is slower than its peers is named. It is
+  compared by the quickest of its last steps, and twice: others who use a machine slow down some steps only.
 
 No clocks are compared: a rank is silent when its counter has stopped, and time in which this process itself
 was frozen (Ctrl-Z, a paused container) does not count. A process that trains alone watches itself, but for a
@@ -31,13 +32,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import torch
 import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat
 
 from megachat.config import Config
 from megachat.log import say
 from megachat.parallel.mesh import FOREVER, HUNG, Mesh, meeting, place
+from megachat.train.split import Split, listen
 
 LONG = frozenset(("load", "prepare", "going back", "save", "validation", "sample", "rollout", "finish"))
 """Sections that may take long."""
@@ -46,9 +47,10 @@ HEARTBEAT = "heartbeat.json"
 
 WINDOW = 10
 """Steps between two comparisons of the ranks."""
-OWN = frozenset(("data", "forward"))
-"""Sections in which a rank works by itself. Collectives inside the model (ZeRO 3, tensor parallelism) make
-all ranks as slow as the slowest; then only reading data tells them apart."""
+OWN = ("data", "forward")
+"""Parts of a step in which a rank works by itself: collectives within them are apart."""
+SURE = 2
+"""So many comparisons in a row must find the same rank slow before it is named."""
 NEGLIGIBLE = 0.005
 """Seconds by which a step may be slower without anybody being named."""
 SPEAKERS = 5
@@ -65,7 +67,8 @@ class Watching(Config):
     long: NonNegativeFloat
     """Seconds for saving, loading, a validation, a rollout."""
     slow: Annotated[float, Field(ge=0)]
-    """A rank is named that reads data and computes so many times as long as the others; 0: none is."""
+    """A rank is named that reads data and computes so many times as long as the others; 0: none is. It is
+    compared every ten steps, by its quickest, and named when it is slow twice in a row."""
 
     @property
     def patience(self) -> float:
@@ -125,8 +128,9 @@ class Watch:
         self.figures: dict[str, float] = {}
         """How the ranks compared at last, for the log."""
         self._mesh, self._steps, self._named = mesh, deque[float](maxlen=WINDOW), dict[int, int]()
-        self._own = 0.0
-        self._events: list[Any] | None = [] if mesh and mesh.device.type == "cuda" else None
+        self.split = Split(mesh.device if mesh else None)
+        """Where the time goes."""
+        self._own, self._suspect = 0.0, (-1, 0)
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.folder: Path | None = None
         self.attempt: int | None = None
@@ -140,12 +144,7 @@ class Watch:
     def at(self, section: str, step: int | None = None) -> None:
         """The training thread begins a part of a step; called often, so it does next to nothing."""
         now = time.monotonic()
-        if self._events is not None and "forward" in (section, self.section):
-            # A GPU works on while Python is elsewhere: it notes the time itself.
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
-        elif self.section in OWN:
-            self._own += now - self.since
+        self.split.begin(section)
         self.section, self.since = section, now
         if step is not None:
             self.settled = self.settled or self.step > 0
@@ -172,13 +171,9 @@ class Watch:
 
     def stepped(self, step: int) -> None:
         """The end of a step. Now and then all ranks compare how long each has worked for itself."""
-        if self._events:
-            self._events[-1].synchronize()
-            pairs = zip(self._events[::2], self._events[1::2], strict=False)
-            self._own += sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
-            self._events.clear()
-        self._steps.append(self._own)
-        self._own = 0.0
+        self.split.read()
+        before, self._own = self._own, sum(self.split.total.get(part, 0.0) for part in OWN)
+        self._steps.append(self._own - before)
         if (
             self._mesh is None
             or self.world == 1
@@ -186,17 +181,20 @@ class Watch:
             or not (self.settings and self.settings.slow)
         ):
             return
-        # The median: a single step may take long for many reasons.
-        rank, seconds, usual = slowest(self._mesh.each(statistics.median(self._steps)))
+        # The quickest: on a busy machine any step may take long, but a slow rank has no quick one.
+        rank, seconds, usual = slowest(self._mesh.each(min(self._steps)))
         ratio = seconds / max(usual, 1e-9)
         self.figures = {"watch/slowest_rank": rank, "watch/slowest_ratio": ratio}
         late = ratio >= self.settings.slow and seconds - usual >= NEGLIGIBLE
-        if late and step - self._named.get(rank, -math.inf) >= 100 * WINDOW:
+        suspect, times = self._suspect
+        self._suspect = (rank, times + 1 if rank == suspect else 1) if late else (-1, 0)
+        if self._suspect[1] >= SURE and step - self._named.get(rank, -math.inf) >= 100 * WINDOW:
             self._named[rank] = step
             if self.rank == 0:
                 say(
                     f"SLOW: rank {rank} ({place(rank)}) takes {ratio:.1f}x the others' time to read and "
-                    f"compute: {seconds:.3g} s a step against {usual:.3g} s, as of step {step}; they wait"
+                    f"compute: {seconds:.3g} s against {usual:.3g} s in the quickest of {WINDOW} steps, "
+                    f"as of step {step}; they wait"
                 )
 
     def _beat(self, now: float) -> None:
@@ -230,6 +228,8 @@ class Watch:
     # The threads.
 
     def __enter__(self) -> "Watch":
+        if self.world > 1:
+            listen(self.split)
         patience = self.settings.patience if self.settings else math.inf
         number = next(Watch.runs)
         if not math.isfinite(patience):
@@ -257,6 +257,7 @@ class Watch:
         thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        listen(None)
         if self._threads and self.world > 1 and isinstance(error, RuntimeError):
             # A collective fails when another rank ends; that rank may have ended because of a verdict.
             if self._mine.stood > self.patience / 2:
@@ -415,7 +416,7 @@ def read_stack(frame: FrameType | None) -> tuple[str, str]:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if not collective and path.endswith("distributed/distributed_c10d.py"):
             collective = name
-        if "/megachat/" in path and not path.endswith("train/watch.py"):
+        if "/megachat/" in path and not path.endswith(("train/watch.py", "train/split.py")):
             where = f"{path.rpartition('/')[2]}:{frame.f_lineno} in {name}"
         frame = frame.f_back
     return collective, where
@@ -455,7 +456,8 @@ def verdict(culprits: list[State], states: list[State]) -> str:
     if first.ended:
         told = f"{first} has ended ({first.ended})"
     elif first.silent:
-        told = f"{first} stands in `{first.section}` of step {first.step} and does not answer any more"
+        # It may have come further since: its training thread goes on for as long as nobody waits for it.
+        told = f"{first}, last heard of in `{first.section}` of step {first.step}, does not answer any more"
         told += ": it is frozen, or dead, or holds Python's lock"
     else:
         told = f"{first} stands still in `{first.section}` of step {first.step} for {first.stood:.0f} s"

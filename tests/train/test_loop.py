@@ -49,6 +49,14 @@ def test_mfu_is_what_the_model_takes_and_hfu_also_what_is_computed_again(tiny: P
         assert (matrices - last) / (3 * (matrices + output)) < again < 1 / 3  # attention is between
 
 
+def test_the_parts_of_a_step_add_up_to_its_time(tiny: Path) -> None:
+    for row in rows(tiny)[1:]:
+        parts = {name: row[name] for name in row if name.startswith("time/")}
+        assert sum(parts.values()) == pytest.approx(256 / row["tokens_per_second"], rel=0.02)
+        assert min(parts["time/forward"], parts["time/backward"], parts["time/optimizer"]) > 0
+        assert ("time/validation" in parts) == ("validation/bits_per_byte" in row)
+
+
 def test_validation_appears_at_its_interval_and_at_the_end(tiny: Path) -> None:
     validated = [row["step"] for row in rows(tiny) if "validation/bits_per_byte" in row]
     assert validated == [5, 10, 12]

@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megachat.parallel.mesh import HUNG, Mesh
+from megachat.parallel.mesh import HUNG, Mesh, start
 from megachat.train import watch as module
 from megachat.train.watch import State, Watch, Watching, ranks, slowest, verdict, who
 from tests.fault_table import record
+from tests.spawn import on_ranks
 from tests.tiny_run import TINY, environment, make, rows
 
 LIMITS = ["watch.hang=3", "watch.start=120", "watch.long=60", "tokens=10000000", "prefetch=0"]
@@ -216,7 +217,7 @@ def test_a_frozen_rank_is_named_by_the_other_which_ends(inputs: Path, run: Path,
         said = both.said(other)
     pid = both.processes[frozen].pid
     if frozen == 1:
-        stuck = rf"rank 1 \(host \S+, pid {pid}\) stands in `\w+` of step \d+ and does not answer"
+        stuck = rf"rank 1 \(host \S+, pid {pid}\), last heard of in `\w+` of step \d+, does not answer"
         assert re.search(rf"HUNG: {stuck}.*; rank 0 waits in \w+ \(`\w+` of step \d+\); ending", said), said
     else:
         assert re.search(
@@ -303,3 +304,27 @@ def test_the_launcher_ends_when_ranks_are_frozen(inputs: Path, run: Path, frozen
     words = "rank 0 stands in" if frozen == "all" else "HUNG: rank 1 "
     assert words in said, said
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks_there)
+
+
+@on_ranks(2)
+def test_a_rank_is_named_that_has_no_quick_step_twice_in_a_row() -> None:
+    mesh, said = start(1), list[str]()
+    module.say = said.append
+    limits = Watching.model_validate({"start": 0.0, "hang": 0.0, "long": 0.0, "slow": 1.5})
+    watch = Watch(limits, mesh)
+
+    def ten_steps(last: int, seconds: list[float]) -> None:
+        for step in range(last - 9, last + 1):
+            own = seconds[step % len(seconds)] if mesh.rank else 0.1
+            watch.split.total["forward"] = watch.split.total.get("forward", 0.0) + own
+            watch.stepped(step)
+
+    ten_steps(10, [0.9, 0.9, 0.9, 0.1])  # somebody else uses its processor
+    ten_steps(20, [0.3])
+    ten_steps(30, [0.1])
+    ten_steps(40, [0.3])
+    assert not said
+    assert watch.figures == {"watch/slowest_rank": 1, "watch/slowest_ratio": pytest.approx(3.0)}
+    ten_steps(50, [0.3])
+    assert len(said) == (mesh.rank == 0)
+    assert all("SLOW: rank 1 (" in line and "3.0x the others' time" in line for line in said)
