@@ -2,9 +2,9 @@
 
 The parts are those that the loop names with `watch.at("forward")`, and they add up to all of the time that
 has passed. On a CPU the clock on the wall is read. A GPU works on while Python is elsewhere: it notes the
-time itself whenever its main stream comes to such a place, and the notes are read when they are there, without
-waiting for them; so they may be those of a step ago. What Python does meanwhile takes no time of the GPU's,
-and is not seen.
+time itself whenever its main stream comes to such a place, and the notes are read when they are there,
+without waiting for them; so they may be those of a step ago. What Python does meanwhile takes no time of the
+GPU's, and is not seen.
 
 Communication is a collective that is called, or waited for, from Python: with the wait for the other ranks in
 it. On a GPU it is those on the main stream; what DeepSpeed overlaps runs on another one, and lengthens the

@@ -16,7 +16,7 @@ from megachat.stages import ORDER
 from tests.evals import tiny
 
 EVIL = "<script>alert('x')</script>"
-BEFORE = ORDER[: ORDER.index("report")]  # the stages it reports on
+BEFORE = [stage for stage in ORDER[: ORDER.index("report")] if stage != "doctor"]  # those that leave a folder
 
 
 def report(run: Path) -> tuple[dict[str, Any], str]:
