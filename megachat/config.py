@@ -324,8 +324,18 @@ def describe(stage: str) -> str:
     for group in groups:
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         lines.append(f"{group}=...  one of {', '.join(options)}")
-    names = sorted(path.name for path in (CONF / "experiment").iterdir() if path.is_dir())
-    return "\n".join([*lines, f"experiment=...  one of {', '.join(names)}"])
+    return "\n".join([*lines, "experiment=...", *_describe_experiments(SETTINGS_OF.get(stage, stage))])
+
+
+def _describe_experiments(stage: str) -> list[str]:
+    """Each by name, with the comment of its settings for this stage where it has any."""
+    lines = []
+    for folder in sorted(path for path in (CONF / "experiment").iterdir() if path.is_dir()):
+        path = folder / f"{stage}.yaml"
+        text = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        comment = next((line[1:].strip() for line in text[1:] if line.startswith("#")), "")
+        lines.append(f"    {folder.name}: {comment}" if comment else f"    {folder.name}")
+    return lines
 
 
 def _describe_block(tree: dict[str, Any], path: str) -> list[str]:

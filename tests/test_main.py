@@ -55,6 +55,7 @@ def test_a_stages_help_shows_each_setting_with_its_documentation(capsys: pytest.
     assert "model.kv_heads=" in printed
     assert "Key and value heads of each block" in printed
     assert "parallel=...  one of zero0, zero1" in printed
+    assert "\n    gpt_125m_1gpu: 125 M on one H100" in printed
 
 
 def test_every_mistake_is_printed_at_once_and_the_exit_code_is_2(tmp_path: Path) -> None:
