@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megachat.model.cross_entropy import IGNORE
+from megachat.model.precision import wide
 
 
 def token_logps(
@@ -48,4 +49,4 @@ def entropy(
 
 def _wide(logits: Tensor) -> Tensor:
     """In bf16 a log-probability of -20 is off by up to 0.06, and PPO exponentiates differences of them."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(wide(logits))

@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from megachat.model.precision import as_multiplied, wide
+
 IGNORE = -100
 """The label of a position that is not trained on."""
 LOGITS = 2**23
@@ -25,7 +27,7 @@ def cross_entropy(
 
     Logits are `x` times `weight`, in the dtype of `x` (or autocast's); log-probabilities are fp32.
     """
-    total: Tensor = _Sum.apply(_cast(x.flatten(0, -2)), weight, labels.flatten())
+    total: Tensor = _Sum.apply(as_multiplied(x.flatten(0, -2)), weight, labels.flatten())
     return total
 
 
@@ -34,7 +36,7 @@ def nats(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "vocab dim"], labels: Int[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
     """-log p(label) at each position, in fp32, 0.0 where it is `IGNORE`. Without gradients."""
-    rows, wanted = _cast(x.flatten(0, -2)), labels.flatten()
+    rows, wanted = as_multiplied(x.flatten(0, -2)), labels.flatten()
     used = weight.to(rows.dtype)
     pairs = zip(rows.split(_rows(weight)), wanted.split(_rows(weight)), strict=True)
     return torch.cat([_nats(_logps(row @ used.T), label) for row, label in pairs]).view(labels.shape)
@@ -45,10 +47,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        used, total = weight.to(x.dtype), torch.zeros((), dtype=_wide(x), device=x.device)
+        used, total = weight.to(x.dtype), torch.zeros((), dtype=wide(x), device=x.device)
         training = any(ctx.needs_input_grad)
         x_gradient = torch.empty_like(x) if training else None
-        weight_gradient = torch.zeros_like(weight, dtype=_wide(x)) if training else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide(x)) if training else None
         for first in range(0, len(x), _rows(weight)):
             part = slice(first, first + _rows(weight))
             row, label = x[part], labels[part]
@@ -76,21 +78,10 @@ def _rows(weight: Tensor) -> int:
     return max(128, LOGITS // len(weight) // 128 * 128)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """fp32, or what `x` is if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _logps(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-    return F.log_softmax(logits.to(_wide(logits)), -1)
+    return F.log_softmax(logits.to(wide(logits)), -1)
 
 
 def _nats(logps: Float[Tensor, "rows vocab"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     found = -logps.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     return torch.where(labels == IGNORE, 0.0, found)
-
-
-def _cast(x: Tensor) -> Tensor:
-    """To what autocast would compute a linear layer in."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megachat.model.attention import attend
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -134,6 +136,17 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # batch heads seq head_dim
         # Fewer query heads per key head would pair heads that were not trained together, without a word.
         assert q.shape[1] == self.group * k.shape[1], f"{q.shape[1]} query heads for {k.shape[1]} key heads"
+        if past is None and q.device.type == "cpu":
+            y = attend(q, k, v, mask)
+        else:
+            y = self._attend(q, k, v, mask, past, start)
+        gathered: Tensor = self.out(y.transpose(1, 2).flatten(-2))
+        return gathered
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Past | None, start: int
+    ) -> Float[Tensor, "batch heads seq head_dim"]:
+        """By torch's kernels: on a GPU, and where there is a past."""
         if past is not None:
             k, v = past.extend(start, k, v)
         causal = mask is None and q.shape[2] == k.shape[2]
@@ -142,9 +155,7 @@ class Attention(nn.Module):
             # With a mask, CUDA shares heads only in the kernel that holds all scores in memory.
             k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
             shared = False
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
-        gathered: Tensor = self.out(y.transpose(1, 2).flatten(-2))
-        return gathered
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,15 @@
+"""In which dtypes to compute: products in what autocast says, sums and exponentials in fp32 at least."""
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """fp32, or what `x` is if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """`x` in the dtype in which autocast, if it is on, would compute a matrix product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
