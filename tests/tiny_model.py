@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
 from megachat.files import sha256, write_json
 from megachat.parallel.checkpoint import architecture
+from megachat.parallel.engine import Parallel
+from megachat.stages import CONF
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 
 
@@ -16,6 +19,12 @@ def shape(dim: int, heads: int, **sizes: int) -> dict[str, Any]:
     fixed = {"rope_base": 10000.0, "qk_norm": True, "tied": True, "norm_eps": 1e-6, "dropout": 0.0}
     target = {"_target_": "megachat.model.gpt.GPTConfig"}
     return target | {"dim": dim, "heads": heads, "head_dim": dim // heads} | sizes | fixed
+
+
+def spread(**changed: Any) -> Parallel:
+    """conf/parallel/zero0.yaml, but for what is changed."""
+    settings = yaml.safe_load((CONF / "parallel" / "zero0.yaml").read_text())
+    return Parallel(**{name: value for name, value in settings.items() if name != "_target_"} | changed)
 
 
 def write_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:

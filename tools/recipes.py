@@ -58,7 +58,7 @@ class Recipe:
         run, one = self.settings, self.job.run
         return Layout(
             run.parallel.zero, self.job.data, run.parallel.tensor, one.accumulated, one.micro_batch,
-            run.context, bf16=True, checkpointing=run.parallel.checkpointing,
+            run.context, bf16=True, checkpointing=run.parallel.checkpointing != "none",
         )  # fmt: skip
 
     @property

@@ -7,18 +7,33 @@ asked for: with a cache the last position's, with `where` those of some position
 outlive their loss.
 """
 
-from typing import Annotated, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megachat.config import Config
 from megachat.model.cross_entropy import IGNORE, cross_entropy, nats
 from megachat.model.layers import MLP, Attention, Cache, Past, Rope
+
+Checkpointing = Literal["none", "selective", "full"]
+"""What a block computes again in the backward pass instead of remembering it: nothing; all but its products
+of matrices and its attention; or everything but its input."""
+
+PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+    )
+)  # fmt: skip
+"""What `selective` remembers. Attention on a CPU is many small products, which are computed again."""
 
 
 class GPTConfig(Config):
@@ -70,6 +85,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.checkpointing: Checkpointing = "none"
+        self.train_forward: Callable[..., Tensor] = self._train_forward
         self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(
             config.dim, config.heads, config.kv_heads, config.head_dim, config.qk_norm, config.norm_eps
@@ -86,8 +103,34 @@ class Block(nn.Module):
         start: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
         """The states one block later."""
+        if self.training and past is None and torch.is_grad_enabled():
+            return self.train_forward(x, rope, mask)
+        return self._forward(x, rope, mask, past, start)
+
+    def compile(self, *arguments: Any, **named: Any) -> None:
+        """From now on training runs what `torch.compile` makes of the block: its forward alone, so that hooks
+        on the block itself, such as those that gather its weights (ZeRO 3), are called around it.
+        """
+        self.train_forward = torch.compile(self._train_forward, *arguments, **named)
+
+    def _train_forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+        if self.checkpointing == "none":
+            return self._forward(x, rope, mask)
+        again = partial(checkpoint, use_reentrant=False)
+        if self.checkpointing == "selective":
+            again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+        y: Tensor = again(self._forward, x, rope, mask)
+        return y
+
+    def _forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, past: Past | None = None, start: int = 0
+    ) -> Tensor:
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, past, start), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Output(nn.Linear):
@@ -124,8 +167,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.vocab = vocab
-        self.checkpointing = False
-        """Whether blocks are computed again in the backward pass instead of being remembered."""
         self.embed = nn.Embedding(vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -183,10 +224,7 @@ class GPT(nn.Module):
         rope = Rope.at(positions, self.config.head_dim, self.config.rope_base, x.dtype)
         mask = now.mask(tokens.shape[1], tokens.device) if documents is None else same_document(documents)
         for index, block in enumerate(self.blocks):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, cache and cache.layer(index), now.length)
+            x = block(x, rope, mask, cache and cache.layer(index), now.length)
         if cache is not None:
             cache.length += tokens.shape[1]
         states: Tensor = self.norm(x)

@@ -46,12 +46,3 @@ class Scalar(nn.Module):
         """The score of each prefix of each row."""
         scores: Tensor = self.score(self.trunk.hidden(tokens, documents))
         return scores
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether the trunk's blocks are computed again in the backward pass."""
-        return self.trunk.checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        self.trunk.checkpointing = on

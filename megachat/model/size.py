@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megachat.model.gpt import GPTConfig
 
@@ -66,24 +67,27 @@ class Flops:
     """0 for a model that gives no logits."""
     passes: int
     """Forward passes that a step takes as much as."""
-    recomputed: bool
-    """Whether blocks are computed again in the backward pass."""
+    recomputed: Literal["none", "attention", "blocks"]
+    """What is computed again in the backward pass."""
 
     def of_model(self, work: Work) -> Number:
         """What the losses and gradients take, however they are computed."""
         return self.passes * forward_flops(self.config, self.vocab, work)
 
     def of_hardware(self, work: Work) -> Number:
-        """With what activation checkpointing computes again: the blocks, but for their last product."""
-        if not self.recomputed:
-            return self.of_model(work)
-        last = 2 * self.config.layers * self.config.hidden * self.config.dim * work.tokens
-        return self.of_model(work) + forward_flops(self.config, 0, work) - last
+        """With what activation checkpointing computes again: of whole blocks not their last product."""
+        config, needed = self.config, self.of_model(work)
+        if self.recomputed == "none":
+            return needed
+        if self.recomputed == "attention":
+            return needed + 4 * config.layers * config.heads * config.head_dim * work.pairs
+        last = 2 * config.layers * config.hidden * config.dim * work.tokens
+        return needed + forward_flops(config, 0, work) - last
 
 
 def flops_per_token(config: GPTConfig, vocab: int, seq: int) -> int:
     """What training takes for a token of rows of `seq` that are one document each."""
-    return round(Flops(config, vocab, 3, False).of_model(Work(1, seq / 2, 1)))
+    return round(Flops(config, vocab, 3, "none").of_model(Work(1, seq / 2, 1)))
 
 
 def _matrices(config: GPTConfig) -> int:

@@ -18,14 +18,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
+from shutil import which
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from megachat.config import Config
+from megachat.model.gpt import Block, Checkpointing
+from megachat.parallel.fp8 import use_fp8
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.muon import Groups, Muon, Piece, owners
 from megachat.parallel.tensor import partition_config, split_axis, whole
@@ -43,6 +47,7 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -73,8 +78,48 @@ class Parallel(Config):
     """Tensor-parallel degree: how many neighbouring ranks share one copy of the model's matrices."""
     precision: Literal["auto", "bf16", "fp32"]
     """`bf16` keeps fp32 master weights; `auto` is bf16 where the hardware has it, else fp32."""
-    checkpointing: bool
-    """Recompute activations in the backward pass: less memory for a third more computation."""
+    checkpointing: Checkpointing
+    """What blocks compute again in the backward pass. `none`: nothing; `selective`: all but the products of
+    matrices and attention (half of the memory, next to no time); `full`: everything (a third more time)."""
+    compile: Literal["auto"] | bool
+    """Whether blocks go through torch.compile, which merges what is between two products; `auto`: on a GPU
+    with Triton and a C compiler. It takes up to a minute at the start."""
+    fp8: Literal["none", "tensorwise", "rowwise"]
+    """Products of the blocks' matrices in FP8 by torchao, scaled by their largest number, whole or row by
+    row (slower, nearer). It needs compile; where the hardware has no FP8 it is imitated, no faster."""
+    offload: Literal["none", "optimizer", "parameters"]
+    """What is kept in the host's memory instead of the GPU's (Rajbhandari et al., 2021,
+    https://arxiv.org/abs/2104.07857): the optimizer, which then works there (ZeRO 2 and 3), or also the
+    parameters (ZeRO 3)."""
+    overlap: Literal["auto"] | bool
+    """Whether gradients are summed while the backward pass goes on; `auto`: on a GPU."""
+    bucket: PositiveInt
+    """Numbers that are sent at once: larger is faster, and takes as much memory."""
+    prefetch: NonNegativeInt
+    """Parameters that are gathered ahead of their layer (ZeRO 3)."""
+    persistent: NonNegativeInt
+    """Parameters of no more numbers stay whole on every rank (ZeRO 3)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Parallel":
+        least = {"none": 0, "optimizer": 2, "parameters": 3}[self.offload]
+        if self.zero < least:
+            raise ValueError(f"offload={self.offload} needs ZeRO {least}, not zero={self.zero}")
+        if self.fp8 != "none" and self.tensor > 1:
+            raise ValueError(
+                f"fp8={self.fp8} is not to be had with tensor={self.tensor}: AutoTP's layers have their own "
+                "products; spread the model with ZeRO 3 instead, or set fp8=none"
+            )
+        if self.fp8 != "none" and self.precision == "fp32":
+            raise ValueError(f"fp8={self.fp8} casts from bf16; set precision=bf16, not fp32")
+        return self
+
+    def compiled(self, device: torch.device) -> bool:
+        """Whether blocks are compiled for this device."""
+        if self.compile != "auto":
+            return self.compile
+        able = find_spec("triton") is not None and any(map(which, ("cc", "gcc", "clang")))
+        return device.type == "cuda" and self.tensor == 1 and able
 
     @property
     def bf16(self) -> bool:
@@ -132,9 +177,8 @@ class Engine:
             for name, parameter in model.named_parameters()
             if id(parameter) in group_of
         }
-        if hasattr(model, "checkpointing"):
-            model.checkpointing = parallel.checkpointing  # type: ignore[assignment]
         with _quiet():
+            self._prepare_blocks([module for module in model.modules() if isinstance(module, Block)])
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=groups,
@@ -144,7 +188,23 @@ class Engine:
             )
         self.module: nn.Module = self._engine.module
         if isinstance(self._basic_optimizer, Muon):
+            if parallel.offload != "none":
+                raise ValueError(
+                    f"parallel.offload={parallel.offload}: Muon's ranks exchange matrices over the GPUs' "
+                    "network; use optimizer=adamw, or set parallel.offload=none"
+                )
             self._basic_optimizer.spread(self._pieces(), mesh)
+
+    def _prepare_blocks(self, blocks: Sequence[Block]) -> None:
+        parallel, compiled = self.parallel, self.parallel.compiled(self.mesh.device)
+        for block in blocks:
+            block.checkpointing = parallel.checkpointing
+            if parallel.fp8 != "none":
+                use_fp8(block, parallel.fp8, self.mesh.device)
+            if compiled:
+                block.compile()
+            if compiled and parallel.zero == 3:
+                set_z3_leaf_module(block, True)  # gathered whole: compiled code calls no hooks of its layers
 
     def _deepspeed_config(self, plan: Mapping[str, str]) -> dict[str, Any]:
         parallel, autocast = self.parallel, self.parallel.bf16 and self.parallel.zero == 0
@@ -152,7 +212,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,  # ours is in the batches; the loss is weighted by tokens
             "gradient_accumulation_steps": 1,  # the loop says where the boundary is
             "steps_per_print": 2**31,
-            "zero_optimization": {"stage": parallel.zero, "overlap_comm": self.mesh.device.type == "cuda"},
+            "zero_optimization": self._zero_config(),
             "bf16": {"enabled": parallel.bf16 and not autocast},
             "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
             # ZeRO 0 clips by hand, below: DeepSpeed's own clipping there reports no norm.
@@ -167,6 +227,23 @@ class Engine:
                 "autotp_size": parallel.tensor,
                 "partition_config": partition_config(plan),
             }
+        return config
+
+    def _zero_config(self) -> dict[str, Any]:
+        parallel, cuda = self.parallel, self.mesh.device.type == "cuda"
+        config: dict[str, Any] = {
+            "stage": parallel.zero,
+            "overlap_comm": cuda if parallel.overlap == "auto" else parallel.overlap,
+            "reduce_bucket_size": parallel.bucket,
+            "allgather_bucket_size": parallel.bucket,
+            "stage3_prefetch_bucket_size": parallel.prefetch,
+            "stage3_param_persistence_threshold": parallel.persistent,
+        }
+        host = {"device": "cpu", "pin_memory": cuda}
+        if parallel.offload != "none":
+            config["offload_optimizer"] = host
+        if parallel.offload == "parameters":
+            config["offload_param"] = host
         return config
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -213,6 +290,8 @@ class Engine:
         self._engine.step()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
+            if not math.isfinite(norm):
+                self._forget()
         return norm
 
     def skip(self) -> None:
@@ -226,10 +305,22 @@ class Engine:
             gradient.fill_(math.nan)
         self._engine.step()
         assert not math.isfinite(self._engine.get_global_grad_norm()), "DeepSpeed has taken the step"
+        self._forget()
+
+    def _forget(self) -> None:
+        """DeepSpeed's ZeRO 2 in bf16, with the optimizer on the host, keeps what it has thrown away."""
+        if self.parallel.offload != "none" and self.parallel.zero == 2:
+            kept = self._engine.optimizer.averaged_gradients
+            kept.update(dict.fromkeys(kept))
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's share of them, summed over the data ranks, between the last backward and the step."""
+        """This rank's share of them, summed over the data ranks, between the last backward and the step.
+
+        Those that are on the host stand there for their norms, which are what DeepSpeed looks at.
+        """
         zero = self._engine.optimizer
+        if self.parallel.offload != "none":
+            return list(zero.norm_for_param_grads.values())
         if self.parallel.zero == 0:
             return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # its ZeRO 1 in bf16
@@ -355,7 +446,8 @@ class Engine:
             value = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
             return value.detach().float()
         if self.parallel.zero < 3 and self.mesh.data == 1:  # this rank has all of it: nothing to gather
-            return parameter._hp_mapping.get_hp_fragment(moment).view_as(parameter).detach()
+            part = parameter._hp_mapping.get_hp_fragment(moment).view_as(parameter).detach()
+            return part.to(self.mesh.device)
         if moment is None:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, moment)

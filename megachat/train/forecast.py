@@ -226,8 +226,8 @@ def _smaller(job: Job) -> str:
     zero, ideas = job.parallel.zero, []
     if zero < 3 and job.data > 1:
         ideas.append(f"parallel=zero{zero + 1}")
-    if not job.parallel.checkpointing:
-        ideas.append("parallel.checkpointing=true")
+    if job.parallel.checkpointing == "none":
+        ideas.append("parallel.checkpointing=full")
     ideas.append("a larger parallel.tensor, more GPUs, or a smaller model")
     return "not even micro_batch=1 fits: try " + ", ".join(ideas)
 

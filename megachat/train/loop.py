@@ -29,7 +29,7 @@ from megachat.data.loader import places
 from megachat.data.shards import first_damaged, written
 from megachat.files import sha256
 from megachat.log import Recorder, progress, say
-from megachat.model.gpt import GPT
+from megachat.model.gpt import GPT, Checkpointing
 from megachat.model.size import NOTHING, Flops, Work
 from megachat.parallel import attempt, checkpoint
 from megachat.parallel.engine import Engine, Parallel
@@ -412,7 +412,12 @@ def flops_of(task: Task, model: nn.Module) -> Flops | None:
     """What training this model takes; None where that is not counted."""
     trunk = checkpoint.trunk(model)
     vocab = trunk.vocab if isinstance(model, GPT) else 0  # a score from each state is next to nothing
-    return Flops(trunk.config, vocab, task.passes, task.parallel.checkpointing) if task.passes else None
+    again: dict[Checkpointing, Literal["none", "attention", "blocks"]] = {
+        "none": "none",
+        "selective": "none" if torch.cuda.is_available() else "attention",
+        "full": "blocks",
+    }
+    return Flops(trunk.config, vocab, task.passes, again[task.parallel.checkpointing])
 
 
 def _describe(task: Task, tokenizer: Tokenizer) -> None:

@@ -178,7 +178,7 @@ def _gradients(run: Run, own: int, sharded: int) -> int:
 def _activations(run: Run) -> int:
     """Of all blocks; with checkpointing their inputs, and all of one block."""
     block = run.tokens * block_bytes(run)
-    if run.parallel.checkpointing:
+    if run.parallel.checkpointing != "none":
         return run.model.layers * run.tokens * run.width * run.model.dim + block
     return run.model.layers * block
 

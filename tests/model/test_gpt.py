@@ -98,14 +98,16 @@ def test_logits_of_some_positions_are_those_of_all_at_these_positions() -> None:
 def test_checkpointing_changes_memory_but_neither_loss_nor_gradients() -> None:
     tokens = some_tokens(2, 16)
     found = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "selective", "full"):
         model = tiny(dropout=0.1).train()
-        model.checkpointing = checkpointing
+        for block in model.blocks:
+            block.checkpointing = checkpointing
         torch.manual_seed(3)
         loss = model(tokens, torch.zeros_like(tokens)).square().mean()
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     assert_close(found[0], found[1], rtol=0, atol=0)
+    assert_close(found[0], found[2], rtol=0, atol=0)
 
 
 def test_dropout_acts_in_training_alone() -> None:

@@ -53,5 +53,3 @@ def test_the_trunk_keeps_its_weights_and_its_plan() -> None:
     model = Scalar(trunk)
     assert_close(model.trunk.embed.weight, embedding, rtol=0, atol=0)
     assert model.tensor_plan["trunk.blocks.*.attn.out"] == "row"
-    model.checkpointing = True
-    assert trunk.checkpointing

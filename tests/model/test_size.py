@@ -56,13 +56,14 @@ def test_every_model_splits_over_two_ranks_and_the_large_ones_over_eight(path: P
     assert config.hidden % ranks == 0
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", ["none", "attention", "blocks"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_those_that_torch_counts(tied: bool, recomputed: bool) -> None:
+def test_flops_are_those_that_torch_counts(tied: bool, recomputed: str) -> None:
     batch, seq = 2, 16
     config = TINY.model_copy(update={"tied": tied})
     model = config.build(VOCAB)
-    model.checkpointing = recomputed
+    for block in model.blocks:
+        block.checkpointing = {"none": "none", "attention": "selective", "blocks": "full"}[recomputed]
     # Among the kernels of attention torch counts only the plain one, which computes the whole square.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(some_tokens(batch, seq)).sum().backward()
@@ -70,7 +71,7 @@ def test_flops_are_those_that_torch_counts(tied: bool, recomputed: bool) -> None
     work = Work(tokens=batch * seq, pairs=batch * seq**2, logits=batch * seq)
     flops = Flops(config, VOCAB, 3, recomputed)
     assert flops.of_hardware(work) == counted[torch.ops.aten.mm] + counted[torch.ops.aten.bmm]
-    assert flops.of_model(work) == Flops(config, VOCAB, 3, False).of_hardware(work)
+    assert flops.of_model(work) == Flops(config, VOCAB, 3, "none").of_hardware(work)
 
 
 def test_a_token_sees_itself_and_those_before_it_in_its_document() -> None:

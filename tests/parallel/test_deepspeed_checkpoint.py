@@ -16,12 +16,13 @@ from torch import Tensor, arange, tensor, zeros
 from torch.testing import assert_close
 
 from megachat.parallel.deepspeed_checkpoint import Source, cut, joined, open_source, owners
-from megachat.parallel.engine import Engine, Parallel
+from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import start
 from megachat.train.optimizers import AdamW
 from tests.payload import Payload
 from tests.spawn import on_ranks
 from tests.tiny_deepspeed import TINY, VOCAB, convert, deepspeed_engine, save, train
+from tests.tiny_model import spread
 
 SHAPES = OrderedDict(a=torch.Size([2, 3]), b=torch.Size([3]))
 MORE = {"weight": 0, "exp_avg": 10, "exp_avg_sq": 20}
@@ -479,7 +480,7 @@ def test_tensor_parallel_ranks_are_read_bit_for_bit(tmp_path: Path, layout: str)
     torch.manual_seed(0)
     model = TINY.build(VOCAB)
     settings = AdamW(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    parallel = Parallel(zero=int(zero), tensor=mesh.tensor, precision=precision, checkpointing=False)
+    parallel = spread(zero=int(zero), tensor=mesh.tensor, precision=precision)
     engine = Engine(model, settings.build, settings.groups(model), parallel, 0.0, mesh)
     train(engine._engine, range(3), mesh.data_rank)
     save(engine._engine, tmp_path)

@@ -4,6 +4,8 @@ Compared are losses and gradient norms of one process, ZeRO 0-3, and tensor para
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,7 @@ def layouts(zeros: str, tensor: int) -> list[str]:
 @on_ranks(1)
 def test_zero_1_2_3_and_checkpointing_on_one_process_equal_plain_training(measured: Path) -> None:
     compare(
-        measured, *layouts("123", 1), "parallel=zero0 parallel.precision=fp32 parallel.checkpointing=true"
+        measured, *layouts("123", 1), "parallel=zero0 parallel.precision=fp32 parallel.checkpointing=full"
     )
 
 
@@ -83,6 +85,59 @@ def test_zero_1_2_3_and_checkpointing_on_one_process_equal_plain_training(measur
 @on_ranks(2)
 def test_two_data_ranks_at_zero_0_to_3_equal_one_process(measured: Path) -> None:
     compare(measured, *layouts("0123", 1))
+
+
+FP32 = "parallel.precision=fp32"
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_what_saves_memory_or_time_changes_no_loss(measured: Path) -> None:
+    compare(
+        measured,
+        f"parallel=zero1 {FP32} parallel.checkpointing=selective",
+        f"parallel=zero2 {FP32} parallel.offload=optimizer parallel.checkpointing=full",
+        f"parallel=zero3 {FP32} parallel.offload=optimizer parallel.persistent=0",
+        f"parallel=zero3 {FP32} parallel.offload=parameters parallel.prefetch=0",
+        f"parallel=zero2 {FP32} parallel.bucket=1000 parallel.overlap=false",
+    )
+
+
+COMPILED = """
+import json, sys, torch
+from pathlib import Path
+from tests.parallel.test_engine import curve
+print(json.dumps(curve(Path(sys.argv[1]), *sys.argv[2].split())))
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+"""In a process without the checks of shapes and types, which cannot be compiled."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", ["parallel=zero0 parallel.checkpointing=selective", "parallel=zero3 parallel.persistent=0"]
+)
+def test_compiled_blocks_change_no_loss(measured: Path, layout: str) -> None:
+    overrides = f"{layout} {FP32} parallel.compile=true"
+    command = [sys.executable, "-c", COMPILED, str(measured), overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    losses, graphs = done.stdout.splitlines()[-2:]
+    assert int(graphs) > 0
+    expected = json.loads((measured / "reference.json").read_text())
+    torch.testing.assert_close(torch.tensor(json.loads(losses)), torch.tensor(expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@on_ranks(1)
+def test_fp8_learns_as_bf16_does(tiny: Path, recipe: str) -> None:
+    bf16, fp8 = (
+        torch.tensor(curve(tiny, f"parallel=zero{zero}", "parallel.precision=bf16", f"parallel.fp8={kind}"))
+        for zero, kind in ((0, "none"), (1, recipe))
+    )
+    off = ((fp8 - bf16) / bf16).abs()[:, 0].max()
+    assert 1e-5 < off < 5e-3  # numbers of 3 bits, and sums of many
 
 
 @pytest.mark.slow
@@ -105,6 +160,37 @@ def test_heads_that_do_not_divide_name_the_degrees_that_would(
         ConfigError, match=r"parallel.tensor=4 does not divide model.kv_heads=2; use one of \[1, 2\]"
     ):
         pretrain(tiny, "parallel.tensor=4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("parallel.offload=optimizer parallel.zero=0", r"offload=optimizer needs ZeRO 2, not zero=0"),
+        ("parallel.offload=parameters parallel.zero=2", r"offload=parameters needs ZeRO 3, not zero=2"),
+        ("parallel.fp8=rowwise parallel.tensor=2", r"not to be had with tensor=2.*; spread .* ZeRO 3"),
+        ("parallel.fp8=rowwise parallel.precision=fp32", r"set precision=bf16, not fp32"),
+        ("parallel.checkpointing=true", r"parallel.checkpointing.*'none', 'selective' or 'full'"),
+    ],
+)
+def test_what_cannot_go_together_says_what_does(
+    tiny: Path, settings: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=message):
+        pretrain(tiny, *settings.split())
+
+
+@on_ranks(1)
+def test_what_only_the_model_tells_is_said_with_its_remedy(tiny: Path) -> None:
+    for settings, message in (
+        (
+            "parallel.fp8=rowwise parallel.precision=bf16 model.hidden=72",
+            r"mlp.gate is 32 x 72, and both must be multiples of 16",
+        ),
+        ("parallel.zero=2 parallel.offload=optimizer optimizer=muon", r"use optimizer=adamw, or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            curve(tiny, *settings.split())
 
 
 @on_ranks(1)

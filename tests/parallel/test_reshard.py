@@ -67,7 +67,7 @@ def written(path: Path, *overrides: str) -> dict[str, Tensor]:
 
 
 def goes_through(
-    folder: Path, tensor: int, *zeros: int, precision: str = "fp32", optimizer: str = "adamw"
+    folder: Path, tensor: int, *zeros: int, precision: str = "fp32", optimizer: str = "adamw", more: str = ""
 ) -> None:
     """Into each ZeRO stage and out, a step, and back again in the middle of the run."""
     mesh = start(tensor)
@@ -82,7 +82,7 @@ def goes_through(
         right = nats(plain(TOKENS)).item()
     for zero in zeros:
         torch.manual_seed(zero)
-        settings = [f"parallel.precision={precision}", f"optimizer={optimizer}"]
+        settings = [f"parallel.precision={precision}", f"optimizer={optimizer}", *more.split()]
         engine = engine_of(task(zero, tensor, *settings), mesh)
         read = saved.reader("model")
         loaded: dict[str, int] = {}
@@ -167,6 +167,13 @@ def test_three_ranks_that_divide_nothing_take_muons_momentum(tmp_path: Path) -> 
 @on_ranks(4)
 def test_two_by_two_take_muons_momentum(tmp_path: Path) -> None:
     goes_through(tmp_path, 2, 0, 1, 2, 3, optimizer="muon")
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_what_lies_in_the_hosts_memory_is_taken_too(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 2, 3, more="parallel.offload=optimizer")
+    goes_through(tmp_path / "parameters", 1, 3, more="parallel.offload=parameters")
 
 
 @on_ranks(1)

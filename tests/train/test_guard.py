@@ -141,7 +141,7 @@ POISONS: dict[str, Callable[[Running, Tensor], Tensor]] = {
 
 
 @on_ranks(2)
-def skipping(folder: Path, tiny: Path, zero: int, optimizer: str) -> None:
+def skipping(folder: Path, tiny: Path, zero: int, more: str) -> None:
     """Poisoned runs, and runs that are told to leave out one sample of the batch, in both precisions."""
     for precision in ("fp32", "bf16"):
         layout = [
@@ -149,7 +149,7 @@ def skipping(folder: Path, tiny: Path, zero: int, optimizer: str) -> None:
             "guard.window=4",
             f"parallel=zero{zero}",
             f"parallel.precision={precision}",
-            f"optimizer={optimizer}",
+            *more.split(),
         ]
         for step in (5, 9):
             at = 8 * (step - 1) + 3
@@ -162,12 +162,17 @@ def skipping(folder: Path, tiny: Path, zero: int, optimizer: str) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize(
+    ("zero", "more"),
+    [
+        *((zero, f"optimizer={name}") for zero in range(4) for name in ("adamw", "muon")),
+        *((zero, "parallel.offload=optimizer") for zero in (2, 3)),
+    ],
+)
 def test_a_bad_batch_changes_nothing_as_if_it_had_been_left_out(
-    tiny: Path, tmp_path: Path, zero: int, optimizer: str
+    tiny: Path, tmp_path: Path, zero: int, more: str
 ) -> None:
-    skipping(folder=tmp_path, tiny=tiny, zero=zero, optimizer=optimizer)
+    skipping(folder=tmp_path, tiny=tiny, zero=zero, more=more)
     for precision in ("fp32", "bf16"):
         for name, step in (("nan", 5), ("gradient", 5), ("spike", 9)):
             run, told = tmp_path / precision / name, tmp_path / precision / f"told-{step}"

@@ -10,7 +10,7 @@ from torch import zeros
 from megachat.config import ConfigError, compose
 from megachat.parallel import checkpoint
 from megachat.parallel.deepspeed_checkpoint import Source
-from megachat.parallel.engine import Engine, Parallel
+from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import start
 from megachat.run import Stage, finished, perform
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from megachat.train.import_deepspeed import ImportDeepSpeed, matched
 from megachat.train.optimizers import AdamW
 from tests.spawn import on_ranks
 from tests.tiny_deepspeed import TINY, convert, deepspeed_engine, loss_of, save, train
+from tests.tiny_model import spread
 from tests.tiny_run import make, pretrain, rows
 
 MODEL = [f"model.{name}={value}" for name, value in TINY.model_dump().items()]
@@ -43,7 +44,7 @@ def carried_on(run: Path, vocab: int, zero: int, steps: range) -> list[float]:
     mesh = start(1)
     model = TINY.build(vocab)
     settings = AdamW(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    parallel = Parallel(zero=zero, tensor=1, precision="fp32", checkpointing=False)
+    parallel = spread(zero=zero, precision="fp32")
     engine = Engine(model, settings.build, settings.groups(model), parallel, 0.0, mesh)
     saved = checkpoint.newest(run / "pretrain" / "checkpoints", mesh)
     assert saved is not None

@@ -38,7 +38,7 @@ def test_training_lowers_the_loss_and_logs_every_step(tiny: Path) -> None:
 
 
 def test_mfu_is_what_the_model_takes_and_hfu_also_what_is_computed_again(tiny: Path, tmp_path: Path) -> None:
-    trained(run=tmp_path, overrides=[f"inputs={tiny}", "tokens=512", "parallel.checkpointing=true"])
+    trained(run=tmp_path, overrides=[f"inputs={tiny}", "tokens=512", "parallel.checkpointing=full"])
     assert all(row["hfu"] == row["mfu"] for row in rows(tiny))
     assert all(0 < row["mfu"] < 1 for row in rows(tiny))
     # Of each token: a forward pass of 2 layers with attention of 8 x (2 x 4 + 2 x 2) x 32 weights and three

@@ -78,7 +78,7 @@ def test_activations_grow_with_the_micro_batch_and_little_with_checkpointing() -
     one, four = memory(run()), memory(run(micro_batch=4))
     assert four.activations == 4 * one.activations
     assert four.lasting == one.lasting
-    assert memory(run("parallel.checkpointing=true")).activations < one.activations / 8
+    assert memory(run("parallel.checkpointing=full")).activations < one.activations / 8
 
 
 def test_the_peak_is_of_the_worst_moment() -> None:

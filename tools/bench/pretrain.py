@@ -169,7 +169,7 @@ class Megachat:
             "optimizer.lr": job.lr, "optimizer.betas": json.dumps(job.betas), "optimizer.eps": job.eps,
             "optimizer.weight_decay": job.weight_decay, "clip": job.clip, "schedule": "constant",
             "schedule.warmup": 0, "validation_interval": 0, "validation_windows": 1, "checkpoint_interval": 0,
-            "parallel.checkpointing": _yaml(job.checkpointing), "log.interval": job.interval,
+            "parallel.checkpointing": "full" if job.checkpointing else "none", "log.interval": job.interval,
             "log.wandb": "disabled", "prompt": "import",
         } | {f"model.{name}": _yaml(value) for name, value in job.model.items()}  # fmt: skip
         overrides = [*(f"{name}={value}" for name, value in settings.items()), *self.settings]

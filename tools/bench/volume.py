@@ -137,7 +137,8 @@ def measure(folder: Path, chosen: list[Cell]) -> None:
 
 def count(cell: Cell) -> Bytes:
     """Bytes of this rank's collectives in the third step."""
-    from megachat.parallel.engine import Engine, Parallel
+    from megachat.config import compose, decode
+    from megachat.parallel.engine import Engine
     from megachat.parallel.mesh import start
     from megachat.train.optimizers import AdamW
 
@@ -146,12 +147,13 @@ def count(cell: Cell) -> Bytes:
     torch.manual_seed(0)
     model = TINY.build(VOCAB)
     optimizer = AdamW(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    spread = Parallel(
-        zero=layout.zero,  # type: ignore[arg-type]
-        tensor=layout.tensor,
-        precision="bf16" if layout.bf16 else "fp32",
-        checkpointing=layout.checkpointing,
-    )
+    settings = {
+        "zero": layout.zero, "tensor": layout.tensor, "precision": "bf16" if layout.bf16 else "fp32",
+        "checkpointing": "full" if layout.checkpointing else "none",
+    }  # fmt: skip
+    spread = decode(
+        compose("pretrain", [f"parallel.{name}={value}" for name, value in settings.items()])
+    ).parallel
     with keeping(cell.live):
         engine = Engine(model, optimizer.build, optimizer.groups(model), spread, 1.0, mesh)
     for _ in range(3):

@@ -18,7 +18,8 @@ def train(job: Job, autocast: bool) -> None:
     """All steps of the job."""
     torch.manual_seed(0)
     model = GPTConfig(**job.model).build(job.vocab).to(job.device)
-    model.checkpointing = job.checkpointing
+    for block in model.blocks:
+        block.checkpointing = "full" if job.checkpointing else "none"
     masters = [*model.parameters()] if autocast else copies(model)
     groups = [
         {"params": [one for one in masters if one.ndim >= 2], "weight_decay": job.weight_decay},
