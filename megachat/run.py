@@ -25,7 +25,8 @@ from megachat.log import Log, say
 
 APART = (
     "done.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "wandb.json", "notes.json",
-    "restarts.json", "refused.json", "heartbeat.json", "attempt.json", "saved.json",
+    "restarts.json", "refused.json", "heartbeat.json", "attempt.json", "saved.json", "trace.json.gz",
+    "profile.md",
 )  # fmt: skip
 """Files that tell how a stage went and are no output: later stages do not depend on them."""
 

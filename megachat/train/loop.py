@@ -42,6 +42,7 @@ from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.guard import Guard, Skipped, Span, Unequal, compare, culprits
 from megachat.train.metrics import memory_gib, peak_of_all
 from megachat.train.optimizers import Optimizer
+from megachat.train.profile import Profile
 from megachat.train.schedules import Schedule
 from megachat.train.watch import Watch, Watching
 
@@ -246,13 +247,15 @@ class Task(Stage):
     """When a run that stands still is ended, and which rank is called slow."""
     preflight: bool
     """Look at every node before the start: GPU, network, run folder, clock."""
+    profile: bool
+    """Trace a few steps of rank 0: `profile.md` in the stage's folder says where their time went."""
     resume: Literal["same", "any"]
     """`same`: go on only from a checkpoint of the same settings; `any`: from the newest, whatever changed."""
 
     neutral: ClassVar[tuple[str, ...]] = (
         "parallel", "micro_batch", "checkpoint_interval", "checkpoint_keep", "checkpoint_keep_every",
         "checkpoint_background", "validation_interval", "resume", "watch", "guard",
-        "preflight",
+        "preflight", "profile",
     )  # fmt: skip
     """Settings that may change when a run goes on: they do not change what is learnt."""
 
@@ -342,7 +345,12 @@ def fit(task: Task) -> None:
         begun -= run.progress.seconds  # of earlier attempts
         recorder = stack.enter_context(Recorder(task, run.progress.step))
         bar = stack.enter_context(progress(task.name, run.total, "step", run.progress.step))
-        Trainer(task, run, saver, recorder, bar, begun).train()
+        profile = None
+        if task.profile and mesh.rank == 0:
+            title = f"{task.name}: rank 0 of {mesh.world}, steps from {run.progress.step + 1} on"
+            left = run.total - run.progress.step
+            profile = stack.enter_context(Profile(task.folder, title, watch, mesh.device, left))
+        Trainer(task, run, saver, recorder, bar, begun, profile).train()
 
 
 def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
@@ -437,10 +445,11 @@ class Trainer:
         recorder: Recorder,
         bar: Any,
         begun: float,
+        profile: Profile | None = None,
     ) -> None:
         """`begun` is when it would have begun, had no earlier attempt been cut off."""
         self.task, self.run, self.saver, self.recorder, self.bar = task, run, saver, recorder, bar
-        self.begun, self.looked = begun, time.monotonic()
+        self.begun, self.looked, self.profile = begun, time.monotonic(), profile
         self.meter = _Meter(run, peak_of_all(run.mesh, "bf16" if task.parallel.bf16 else "fp32"))
         self.compared = run.progress.step
         """Up to where replicas are known to be the same."""
@@ -464,6 +473,8 @@ class Trainer:
             )
         steps = task.batches(run)
         while run.progress.step < run.total and not stopping:
+            if self.profile is not None:
+                self.profile.step()
             run.watch.at("data", run.progress.step + 1)
             _reseed(task.seed, run)
             try:
@@ -488,6 +499,8 @@ class Trainer:
                 run.watch.at("save")
                 saver.finish()
             stopping = self.after_step(sums, rate)
+        if self.profile is not None and not stopping:
+            self.profile.step()
         run.watch.at("save")
         saver.finish()
         if stopping:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 PARTS = {
     "data": "data", "forward": "forward", "backward": "backward", "communication": "communication",
     "step": "optimizer", "save": "saving", "validation": "validation", "sample": "validation",
-    "rollout": "rollout", "log": "logging",
+    "rollout": "rollout", "log": "logging", "profile": "profile",
 }  # fmt: skip
 """The part that a section belongs to; the others are `other`."""
 ALWAYS = ("data", "forward", "backward", "communication", "optimizer", "saving", "other")
@@ -53,6 +53,8 @@ class Split:
         self.total: dict[str, float] = {}
         """As `spent`, but never taken."""
         self.section = ""
+        self.span: Callable[[str], None] | None = None
+        """Is told of each section while a trace is taken, so that it shows there."""
         self._depth = 0
         self._thread = threading.get_ident()
         self._since = time.monotonic()
@@ -65,6 +67,8 @@ class Split:
         """What comes now is of this section; what has been was of the one before."""
         self._note(self.section)
         self.section = section
+        if self.span is not None:
+            self.span(section)
 
     def take(self, steps: int) -> dict[str, float]:
         """Seconds of each part, by step; they start again at 0."""

@@ -40,7 +40,9 @@ from megachat.log import say
 from megachat.parallel.mesh import FOREVER, HUNG, Mesh, meeting, place
 from megachat.train.split import Split, listen
 
-LONG = frozenset(("load", "prepare", "going back", "save", "validation", "sample", "rollout", "finish"))
+LONG = frozenset(
+    ("load", "prepare", "going back", "save", "validation", "sample", "rollout", "profile", "finish")
+)
 """Sections that may take long."""
 
 HEARTBEAT = "heartbeat.json"
