@@ -269,7 +269,9 @@ class Watch:
         self._mine_ended = f"{kind.__name__}: {error}" if kind else ""
         self._over.set()
         for thread in self._threads:
-            thread.join(1.0)  # it may hang in the store for ever
+            # Where all is well it is waited for, also when rank 0 has gone and it tries to connect: Python's
+            # end would kill it within C++, and that the process. Else it may hang in the store for ever.
+            thread.join(1.0 if kind else 10.0)
         if self.folder is not None:
             self.section = "failed" if kind else "ended"
             with suppress(BaseException):
@@ -335,7 +337,9 @@ class Watch:
             # A store that is slow once must not make this rank deaf and dumb, and so a suspect, for ever.
             # When rank 0's process has gone for good, and training stands still, the judge will say so.
             with suppress(RuntimeError):
-                self._converse(self._meeting.connect(timedelta(seconds=30)))
+                store = self._meeting.connect(timedelta(seconds=5))
+                store.set_timeout(timedelta(seconds=30))
+                self._converse(store)
             over = self._over.wait(self.tick)
 
     def _converse(self, store: dist.Store) -> None:
