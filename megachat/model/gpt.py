@@ -20,7 +20,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megachat.config import Config
 from megachat.model.cross_entropy import IGNORE, cross_entropy, nats
-from megachat.model.layers import MLP, Attention, Cache, Past, Rope
+from megachat.model.layers import MLP, Attention, Cache, Past, Rope, Spans
+from megachat.model.precision import dtype_of_products
 
 Checkpointing = Literal["none", "selective", "full"]
 """What a block computes again in the backward pass instead of remembering it: nothing; all but its products
@@ -98,7 +99,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq dim"],
         rope: Rope,
-        mask: Bool[Tensor, "rows 1 seq past"] | None = None,
+        mask: Bool[Tensor, "rows 1 seq past"] | Spans | None = None,
         past: Past | None = None,
         start: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
@@ -113,7 +114,7 @@ class Block(nn.Module):
         """
         self.train_forward = torch.compile(self._train_forward, *arguments, **named)
 
-    def _train_forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    def _train_forward(self, x: Tensor, rope: Rope, mask: Tensor | Spans | None) -> Tensor:
         if self.checkpointing == "none":
             return self._forward(x, rope, mask)
         again = partial(checkpoint, use_reentrant=False)
@@ -123,7 +124,12 @@ class Block(nn.Module):
         return y
 
     def _forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, past: Past | None = None, start: int = 0
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | Spans | None,
+        past: Past | None = None,
+        start: int = 0,
     ) -> Tensor:
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, past, start), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
@@ -209,7 +215,8 @@ class GPT(nn.Module):
     ) -> Float[Tensor, "batch seq dim"]:
         """The normalised states that `forward` reads logits from.
 
-        With `documents`, a token sees only its own document. Positions are relative, so they run on.
+        With `documents`, a token sees only its own document. Positions are relative, so they run on. They
+        are best left on the CPU: they are turned there into what a GPU's kernel wants, without waiting.
         """
         assert documents is None or cache is None, "a cache holds one document per row"
         needed = tokens.shape[1] if cache is None else cache.capacity
@@ -222,7 +229,13 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         positions = torch.arange(now.length, now.length + tokens.shape[1], device=tokens.device)
         rope = Rope.at(positions, self.config.head_dim, self.config.rope_base, x.dtype)
-        mask = now.mask(tokens.shape[1], tokens.device) if documents is None else same_document(documents)
+        mask: Tensor | Spans | None
+        if documents is None:
+            mask = now.mask(tokens.shape[1], tokens.device)
+        elif documents.device.type == "cpu" and Spans.fit(x.device, dtype_of_products(x)):
+            mask = Spans.of(documents, x.device)
+        else:
+            mask = same_document(documents.to(x.device))
         for index, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache and cache.layer(index), now.length)
         if cache is not None:

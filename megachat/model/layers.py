@@ -5,6 +5,7 @@ forward asks how many heads there are: it unflattens with -1. Rotations are made
 for all layers, so that `model.bfloat16()`, the meta device, and ZeRO find no buffer to spoil.
 """
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megachat.model.attention import attend
+from megachat.model.precision import as_multiplied
+
+try:  # torch 2.9 has none, and the first ones shared no heads
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    VARLEN = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,33 @@ class Rope:
     ) -> Float[Tensor, "batch seq heads head_dim"]:
         """Each head turned by its token's angles."""
         return x * self.cos + x.roll(x.shape[-1] // 2, -1) * self.sin
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where the documents of a batch begin when its rows are laid end to end, and where the last one ends.
+
+    With these a GPU computes the pairs that see each other and no others; a mask has it compute the square.
+    """
+
+    starts: Int[Tensor, " documents_and_one"]
+    longest: int
+    """No document has more tokens."""
+
+    @staticmethod
+    def of(documents: Int[Tensor, "batch seq"], device: torch.device) -> "Spans":
+        """Of documents that are on the CPU: the GPU is not waited for."""
+        first = torch.ones_like(documents, dtype=torch.bool)
+        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = torch.cat((first.flatten().nonzero().flatten(), torch.tensor([documents.numel()])))
+        return Spans(starts.to(torch.int32).to(device, non_blocking=True), documents.shape[1])
+
+    @staticmethod
+    def fit(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether there is a kernel."""
+        if not VARLEN or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+            return False
+        return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(slots=True)
@@ -125,7 +161,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch seq dim"],
         rope: Rope,
-        mask: Bool[Tensor, "rows 1 seq past"] | None = None,
+        mask: Bool[Tensor, "rows 1 seq past"] | Spans | None = None,
         past: Past | None = None,
         start: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
@@ -136,12 +172,27 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # batch heads seq head_dim
         # Fewer query heads per key head would pair heads that were not trained together, without a word.
         assert q.shape[1] == self.group * k.shape[1], f"{q.shape[1]} query heads for {k.shape[1]} key heads"
-        if past is None and q.device.type == "cpu":
+        if isinstance(mask, Spans):
+            y = self._attend_within(q, k, v, mask)
+        elif past is None and q.device.type == "cpu":
             y = attend(q, k, v, mask)
         else:
             y = self._attend(q, k, v, mask, past, start)
         gathered: Tensor = self.out(y.transpose(1, 2).flatten(-2))
         return gathered
+
+    def _attend_within(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans
+    ) -> Float[Tensor, "batch heads seq head_dim"]:
+        """Each document by itself."""
+        batch = len(q)
+        # Autocast does not know this kernel. Then: batch x seq, heads, head_dim.
+        q, k, v = (as_multiplied(t).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        starts, longest = spans.starts, spans.longest
+        y: Tensor = varlen_attn(
+            q, k, v, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=self.group > 1
+        )  # type: ignore[assignment]
+        return y.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Past | None, start: int

@@ -9,7 +9,12 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def as_multiplied(x: Tensor) -> Tensor:
-    """`x` in the dtype in which autocast, if it is on, would compute a matrix product."""
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """In which autocast, if it is on, would compute a matrix product of `x`."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """`x` in that dtype."""
+    return x.to(dtype_of_products(x))

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import tensor
+from torch import Tensor, tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from megachat.model.layers import Cache, Rope
+from megachat.model import layers
+from megachat.model.layers import Cache, Rope, Spans
 from tests.model.test_gpt import some_tokens, tiny
 
 
@@ -64,3 +66,49 @@ def test_no_mask_is_made_where_none_is_needed() -> None:
     assert Cache(9).mask(5, cpu) is None
     assert Cache(9, length=5).mask(1, cpu) is None
     assert Cache(9, length=2).mask(2, cpu).tolist() == [[[[True, True, True, False], [True] * 4]]]
+
+
+DOCUMENTS = tensor([[0, 0, 0, 1, 2], [2, 2, 2, 2, 2], [3, 4, 4, 4, 5]])
+"""The second document ends with its row: rows are of different windows."""
+
+
+def test_spans_begin_with_each_document_and_each_row() -> None:
+    spans = Spans.of(DOCUMENTS, torch.device("cpu"))
+    assert spans.starts.tolist() == [0, 3, 4, 5, 10, 11, 14, 15]
+    assert spans.starts.dtype == torch.int32
+    assert spans.longest == 5
+
+
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, longest: int, __: int, **named: object
+) -> Tensor:
+    """What a GPU's kernel computes."""
+    assert named == {"window_size": (-1, 0), "enable_gqa": True}
+    parts = zip(*(t.tensor_split(starts[1:-1].long()) for t in (q, k, v)), strict=True)
+    assert longest >= int(starts.diff().max())
+    return torch.cat([
+        scaled_dot_product_attention(
+            *(t.transpose(0, 1) for t in part), is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        for part in parts
+    ])  # fmt: skip
+
+
+def test_spans_give_what_a_mask_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny(), some_tokens(3, 5)
+    masked = model(tokens, DOCUMENTS)
+    monkeypatch.setattr(layers, "varlen_attn", one_by_one)
+    monkeypatch.setattr(Spans, "fit", lambda device, dtype: True)
+    assert_close(model(tokens, DOCUMENTS), masked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gpus_kernel_gives_what_a_mask_gives(autocast: bool) -> None:
+    model, tokens = tiny().cuda(), some_tokens(3, 5).cuda()
+    if not layers.VARLEN:
+        pytest.skip("this torch has no attention for documents")
+    model = model if autocast else model.bfloat16()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        masked, spans = model(tokens, DOCUMENTS.cuda()), model(tokens, DOCUMENTS)
+    assert (masked - spans).float().norm() < 0.02 * masked.float().norm()
