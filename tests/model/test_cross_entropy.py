@@ -15,7 +15,7 @@ from megachat.model.gpt import GPTConfig
 
 @pytest.fixture(autouse=True)
 def chunks_of_128_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOGITS", 1)
+    monkeypatch.setattr(module, "LOGITS", {"cpu": 1})
 
 
 def example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
