@@ -20,20 +20,20 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megachat.config import Config
 from megachat.model.cross_entropy import IGNORE, cross_entropy, nats
-from megachat.model.layers import MLP, Attention, Cache, Past, Rope, Spans
+from megachat.model.layers import MLP, VARLEN, Attention, Cache, Past, Rope, Spans
 from megachat.model.precision import dtype_of_products
 
 Checkpointing = Literal["none", "selective", "full"]
 """What a block computes again in the backward pass instead of remembering it: nothing; all but its products
 of matrices and its attention; or everything but its input."""
 
-PRODUCTS = frozenset(
+PRODUCTS = {
     getattr(torch.ops.aten, name).default
     for name in (
         "mm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_efficient_attention",
     )
-)  # fmt: skip
+} | ({torch.ops.torch_attn._varlen_attn.default} if VARLEN else set())  # fmt: skip
 """What `selective` remembers. Attention on a CPU is many small products, which are computed again."""
 
 
