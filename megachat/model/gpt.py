@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megachat.config import Config
-from megachat.model.cross_entropy import IGNORE, cross_entropy, nats
+from megachat.model.cross_entropy import IGNORE
 from megachat.model.layers import MLP, VARLEN, Attention, Cache, Past, Rope, Spans
 from megachat.model.precision import dtype_of_products
+from megachat.model.vocabulary import Embedding, Output, output
 
 Checkpointing = Literal["none", "selective", "full"]
 """What a block computes again in the backward pass instead of remembering it: nothing; all but its products
@@ -139,23 +140,6 @@ def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class Output(nn.Linear):
-    """The logits of states, or what the tokens that came cost (`cross_entropy`, `nats`)."""
-
-    def forward(
-        self, x: Float[Tensor, "*batch dim"], labels: Int[Tensor, "*batch"] | None = None, each: bool = False
-    ) -> Tensor:
-        """With `labels` their sum; with `each`, which has no gradient, one by one."""
-        return output(x, self.weight, labels, each)
-
-
-def output(x: Tensor, weight: Tensor, labels: Tensor | None, each: bool) -> Tensor:
-    """What `Output` computes, with whatever weight."""
-    if labels is None:
-        return F.linear(x, weight)
-    return nats(x, weight, labels) if each else cross_entropy(x, weight, labels)
-
-
 class GPT(nn.Module):
     """Tokens in, logits of each next token out."""
 
@@ -166,6 +150,7 @@ class GPT(nn.Module):
         "blocks.*.mlp.down": "row",
         # Whole on every rank, but each uses them on its own heads: their gradients are summed over the ranks.
         "blocks.*.attn.q_norm": "replicate-sum", "blocks.*.attn.k_norm": "replicate-sum",
+        "embed": "vocab", "head": "vocab",
     }  # fmt: skip
     """How tensor parallelism cuts each module; what is not listed stays whole on every rank."""
 
@@ -173,7 +158,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.vocab = vocab
-        self.embed = nn.Embedding(vocab, config.dim)
+        self.embed = Embedding(vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else Output(config.dim, vocab, bias=False)
@@ -202,7 +187,7 @@ class GPT(nn.Module):
             x = F.pad(x[where], (0, 0, 0, -count % 128))
             labels = None if labels is None else F.pad(labels[where], (0, -count % 128), value=IGNORE)
         if self.head is None:
-            y = output(x, self.embed.weight, labels, each)
+            y = output(x, self.embed.weight, labels, each, self.embed.share)
         else:
             y = self.head(x, labels, each)
         return y if where is None or y.ndim == 0 else y[:count]

@@ -58,8 +58,7 @@ class Flops:
     A weight costs 2 forward and 4 backward, so training takes as much as three forward passes. Attention is
     counted by the pairs that see each other, which is all that has to be computed: figures that count the
     causal half of the whole row, or all of it (PaLM's, nanoGPT's), are higher. What is computed and does not
-    have to be is not counted: padding, pairs that are masked, the output layer that each tensor-parallel rank
-    computes whole, and what was done for a step that is then skipped.
+    have to be is not counted: padding, pairs that are masked, what was done for a step that is then skipped.
     """
 
     config: GPTConfig

@@ -32,7 +32,7 @@ from megachat.model.gpt import Block, Checkpointing
 from megachat.parallel.fp8 import use_fp8
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.muon import Groups, Muon, Piece, owners
-from megachat.parallel.tensor import partition_config, split_axis, whole
+from megachat.parallel.tensor import cut_vocabulary, part_of, partition_config, split_axis, whole
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -177,13 +177,15 @@ class Engine:
             for name, parameter in model.named_parameters()
             if id(parameter) in group_of
         }
+        plan = getattr(model, "tensor_plan", {})
+        cut_vocabulary(model, plan, mesh)
         with _quiet():
             self._prepare_blocks([module for module in model.modules() if isinstance(module, Block)])
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=groups,
                 optimizer=build_optimizer,
-                config=self._deepspeed_config(getattr(model, "tensor_plan", {})),
+                config=self._deepspeed_config(plan),
                 dist_init_required=False,
             )
         self.module: nn.Module = self._engine.module
@@ -386,10 +388,11 @@ class Engine:
         """
         self._create_state()
         for name, parameter in self.module.named_parameters():
-            axis = split_axis(self.shapes[name], self._local_shape(parameter))
-            yield f"weight.{name}", whole(self._read(parameter, None), axis, self.mesh)
-            for moment in self._moments(self._group_of[name]):
-                yield f"{moment}.{name}", whole(self._read(parameter, moment), axis, self.mesh)
+            full = self.shapes[name]
+            axis = split_axis(full, self._local_shape(parameter))
+            for moment in (None, *self._moments(self._group_of[name])):
+                part = self._read(parameter, moment)
+                yield f"{moment or 'weight'}.{name}", whole(part, axis, full[axis or 0], self.mesh)
 
     def tensors(self) -> dict[str, torch.Size]:
         """Name and full shape of every logical tensor, in the order of `logical`."""
@@ -435,7 +438,7 @@ class Engine:
         first = start // width
         index = [slice(first, -(-end // width)), *(slice(size) for size in local[1:])]
         if axis is not None:
-            offset = self.mesh.tensor_rank * local[axis]
+            offset = part_of(full[axis], self.mesh.tensor_rank, self.mesh.tensor).start
             index[axis] = slice((index[axis].start or 0) + offset, index[axis].stop + offset)
         rows = read(name, *index).to(self.mesh.device, torch.float32).reshape(-1)
         piece = rows[start - first * width : end - first * width]

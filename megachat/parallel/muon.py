@@ -157,7 +157,8 @@ class Muon(torch.optim.Optimizer):
         """This tensor rank's part of a matrix's step, from its part of the matrix."""
         if piece.axis is None:
             return scaled(self._orthogonal(part))
-        step = scaled(self._orthogonal(whole(part, piece.axis, mesh)))
+        count = part.shape[piece.axis] * mesh.tensor
+        step = scaled(self._orthogonal(whole(part, piece.axis, count, mesh)))
         return step.chunk(mesh.tensor, piece.axis)[mesh.tensor_rank]
 
 

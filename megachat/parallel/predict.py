@@ -124,8 +124,8 @@ def wait(sent: Sent, layout: Layout, cluster: Cluster) -> float:
 
 
 def _flops(config: GPTConfig, vocab: int, layout: Layout) -> float:
-    """Of one GPU in one micro-batch: its share of the blocks, and the output layer, which each has whole."""
+    """Of one GPU in one micro-batch: its share of the blocks and of the output layer."""
     tokens = layout.micro_batch * layout.seq
     work = Work(tokens, tokens * layout.seq / 2, tokens)  # as `flops_per_token` counts pairs
     blocks = Flops(config, 0, 3, "blocks" if layout.checkpointing else "none").of_hardware(work)
-    return blocks / layout.tensor + 6 * vocab * config.dim * work.logits
+    return (blocks + 6 * vocab * config.dim * work.logits) / layout.tensor

@@ -1,18 +1,22 @@
 """How tensor parallelism cuts a model: the table beside it becomes DeepSpeed AutoTP's `partition_config`.
 
 A plan maps parameter-holding modules (`blocks.*.attn.q`, `*` for any number) to one of
-`column` (outputs are split: weight rows), `row` (inputs are split: weight columns, results summed), or
-`replicate-sum` (every rank holds the whole and sees its own heads only, so gradients are summed).
-What is not named stays whole.
+`column` (outputs are split: weight rows), `row` (inputs are split: weight columns, results summed),
+`replicate-sum` (every rank holds the whole and sees its own heads only, so gradients are summed), or `vocab`
+(some of the words: `megachat/model/vocabulary.py`). What is not named stays whole.
+
+The vocabulary is cut here and not by AutoTP, whose output layer has one form, from states to logits, and no
+room for a loss that is computed with them; `.github/DECISIONS.md` has the rest.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megachat.model.gpt import GPTConfig
 from megachat.parallel.mesh import Mesh, divisors
@@ -29,10 +33,113 @@ def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
         pattern = "^" + re.escape(module).replace(r"\*", r"\d+") + r"\.weight$"
         if cut in ("column", "row"):
             specs.append({"patterns": [pattern], "partition_type": cut})
-        else:
-            assert cut == "replicate-sum", f"tensor_plan[{module!r}] is {cut!r}"
+        elif cut == "replicate-sum":
             specs.append({"patterns": [pattern], "partition_type": "skip", "grad_allreduce": True})
+        else:
+            assert cut == "vocab", f"tensor_plan[{module!r}] is {cut!r}"
     return {"use_default_specs": False, "layer_specs": specs}
+
+
+def cut_vocabulary(model: nn.Module, plan: Mapping[str, str], mesh: Mesh) -> None:
+    """Leaves this tensor rank its words of each module that the plan cuts so, before DeepSpeed takes them."""
+    for name, module in model.named_modules():
+        if plan.get(name) != "vocab" or mesh.tensor == 1:
+            continue
+        words = Words(module.weight.shape[0], mesh)
+        if words.count < mesh.tensor:
+            raise ValueError(
+                f"parallel.tensor={mesh.tensor} ranks cannot share a vocabulary of {words.count}"
+            )
+        weight = module.weight
+        weight.data = weight.data[words.own.start : words.own.stop].clone()
+        weight.tensor_model_parallel = True  # by which ZeRO 1-3 count it in the gradient norm on every rank
+        module.share = words
+
+
+@dataclass(frozen=True)
+class Words:
+    """This tensor rank's words of a vocabulary, for `megachat.model.cross_entropy.Share`."""
+
+    count: int
+    """Of all ranks."""
+    mesh: Mesh
+
+    @property
+    def own(self) -> range:
+        """Those that are here."""
+        return part_of(self.count, self.mesh.tensor_rank, self.mesh.tensor)
+
+    @property
+    def most(self) -> int:
+        """The most words that one of the ranks has."""
+        return -(-self.count // self.mesh.tensor)
+
+    def places(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each word is in the weights, and whether it is here."""
+        here = (words >= self.own.start) & (words < self.own.stop)
+        return (words - self.own.start).clamp(0, len(self.own) - 1), here
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Over the tensor ranks."""
+        total: Tensor = _Sum.apply(part, self.mesh.tensor_group)
+        return total
+
+    def copy(self, x: Tensor) -> Tensor:
+        """`x`, whose gradients are summed."""
+        same: Tensor = _Copy.apply(x, self.mesh.tensor_group)
+        return same
+
+    def join(self, part: Tensor) -> Tensor:
+        """The last dimension of all ranks, one after another."""
+        joined: Tensor = _Join.apply(part, self)
+        return joined
+
+    def gather(self, part: Tensor) -> Tensor:
+        """What each rank has, one after another."""
+        parts = [torch.empty_like(part) for _ in range(self.mesh.tensor)]
+        dist.all_gather(parts, part.contiguous(), group=self.mesh.tensor_group)
+        return torch.stack(parts)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return slopes[0], None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        total = slopes[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, words: Words) -> Tensor:
+        ctx.own = words.own
+        return whole(part, -1, words.count, words.mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return slopes[0][..., ctx.own.start : ctx.own.stop], None
+
+
+def part_of(count: int, rank: int, ranks: int) -> range:
+    """Which of `count` a rank has, as equally as they divide. Example: part_of(5, 1, 2) -> range(2, 5)"""
+    return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def check_fits(config: GPTConfig, tensor: int) -> None:
@@ -53,10 +160,15 @@ def split_axis(full: torch.Size, local: torch.Size) -> int | None:
     return different[0] if different else None
 
 
-def whole(part: Tensor, axis: int | None, mesh: Mesh) -> Tensor:
-    """The full tensor of which every tensor rank holds `part`."""
+def whole(part: Tensor, axis: int | None, count: int, mesh: Mesh) -> Tensor:
+    """The full tensor of which every tensor rank holds `part`: its share of `count` along `axis`."""
     if axis is None:
         return part
-    parts = [torch.empty_like(part) for _ in range(mesh.tensor)]
-    dist.all_gather(parts, part.contiguous(), group=mesh.tensor_group)
-    return torch.cat(parts, dim=axis)
+    sizes = [len(part_of(count, rank, mesh.tensor)) for rank in range(mesh.tensor)]
+    shape = [*part.shape]
+    shape[axis] = max(sizes)
+    padded = part.new_zeros(shape)  # gloo gathers parts of one size only
+    padded.narrow(axis, 0, part.shape[axis]).copy_(part)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=mesh.tensor_group)
+    return torch.cat([found.narrow(axis, 0, n) for found, n in zip(parts, sizes, strict=True)], dim=axis)

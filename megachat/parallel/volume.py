@@ -13,12 +13,17 @@ https://arxiv.org/abs/2104.04473), where DeepSpeed 0.19.8 does as they say. It d
 - In bf16 gradients travel as bf16, whatever they are accumulated in; under ZeRO 0, which computes under
   autocast, as fp32.
 
+The vocabulary is ours (`megachat/model/vocabulary.py`): a sum of states behind the embedding and one of their
+gradients before the output layer, and a number a token for the loss, where Megatron has three.
+
 Norms, the loss, and counts of tokens are left out: they are kilobytes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megachat.model.cross_entropy import rows_at_once
 from megachat.model.gpt import GPT, GPTConfig
 from megachat.model.size import parameters
 
@@ -84,19 +89,19 @@ class Sent:
 
 
 def held(config: GPTConfig, vocab: int, tensor: int) -> int:
-    """Parameters on one tensor rank: its share of the blocks' matrices, all of embedding, head and norms."""
+    """Parameters on one tensor rank: its share of all matrices, and the whole norms."""
     share = {name: getattr(config, name) // tensor for name in ("heads", "kv_heads", "hidden")}
-    return parameters(config.model_copy(update=share), vocab)
+    return parameters(config.model_copy(update=share), math.ceil(vocab / tensor))
 
 
 def volume(config: GPTConfig, vocab: int, layout: Layout, live: int = LIVE) -> list[Sent]:
     """Everything that one rank takes part in during one optimizer step."""
-    found = [*_tensor_volume(config, layout), *_data_volume(config, vocab, layout, live)]
+    found = [*_tensor_volume(config, vocab, layout), *_data_volume(config, vocab, layout, live)]
     return [sent for sent in found if sent.ranks > 1 and sent.payload]
 
 
-def _tensor_volume(config: GPTConfig, layout: Layout) -> list[Sent]:
-    """Partial sums after each matrix cut by rows, and gradients of the inputs of those cut by columns."""
+def _tensor_volume(config: GPTConfig, vocab: int, layout: Layout) -> list[Sent]:
+    """Partial sums after each matrix cut by rows, gradients of the inputs of those cut by columns; words."""
     cuts = [cut for name, cut in GPT.tensor_plan.items() if name.startswith("blocks.")]
     rows, columns = cuts.count("row"), cuts.count("column")
     # The last product of a block is not needed again: its backward reads its inputs alone.
@@ -104,12 +109,21 @@ def _tensor_volume(config: GPTConfig, layout: Layout) -> list[Sent]:
     elements = layout.micro_batch * layout.seq * config.dim
     blocks = layout.micro_batches * config.layers
     forward, backward = (2 if layout.bf16 else 4), (2 if layout.bf16 and layout.zero else 4)
+    ranks, micro_batches, tokens = layout.tensor, layout.micro_batches, layout.micro_batch * layout.seq
+    chunks = math.ceil(tokens / rows_at_once(math.ceil(vocab / ranks), "cuda"))
+    # Under autocast the embedding's states are fp32; the output layer's are what it multiplies.
+    ends = (4 if layout.bf16 and not layout.zero else forward) + forward
     return [
+        *(
+            Sent("activations", "tensor", "all_reduce", ranks, float(calls * blocks), calls * blocks * size)
+            for calls, size in [(rows + again, forward * elements), (columns, backward * elements)]
+        ),
+        Sent("words", "tensor", "all_reduce", ranks, 2.0 * micro_batches, micro_batches * ends * elements),
         Sent(
-            "activations", "tensor", "all_reduce", layout.tensor, float(calls * blocks), calls * blocks * size
-        )
-        for calls, size in [(rows + again, forward * elements), (columns, backward * elements)]
-    ]
+            "loss", "tensor", "all_gather", ranks, float(micro_batches * chunks),
+            micro_batches * 4 * tokens * ranks,
+        ),
+    ]  # fmt: skip
 
 
 def _data_volume(config: GPTConfig, vocab: int, layout: Layout, live: int) -> list[Sent]:
@@ -138,4 +152,5 @@ def _matrices(config: GPTConfig, vocab: int, tensor: int) -> list[int]:
     """Elements of each matrix on one tensor rank."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     block = [config.dim * width // tensor for width in (queries, queries, keys, keys, *[config.hidden] * 3)]
-    return [*block * config.layers, *[vocab * config.dim] * (1 if config.tied else 2)]
+    words = math.ceil(vocab / tensor) * config.dim
+    return [*block * config.layers, *[words] * (1 if config.tied else 2)]

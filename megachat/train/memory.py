@@ -144,10 +144,17 @@ def memory(run: Run) -> Memory:
 
 
 def parameters_per_rank(model: GPTConfig, vocab: int, tensor: int) -> int:
-    """Weights that one tensor-parallel rank holds: a share of the blocks' matrices, and all else whole."""
-    whole = parameters(model, vocab)
+    """Weights that a tensor-parallel rank holds: its share of all matrices, and norms whole.
+
+    Of a vocabulary that cannot be divided, those of the rank with the most words.
+    """
     matrices = _matrices(model)
-    return whole - model.layers * (matrices - matrices // tensor)
+    return parameters(model, words(vocab, tensor)) - model.layers * (matrices - matrices // tensor)
+
+
+def words(vocab: int, tensor: int) -> int:
+    """The most words of a vocabulary that a tensor-parallel rank has."""
+    return math.ceil(vocab / tensor)
 
 
 def _matrices(model: GPTConfig) -> int:
@@ -204,8 +211,13 @@ def _head(run: Run) -> int:
 
     Those of the output layer in fp32, once more when they are scaled, and cast; those of the states twice.
     """
-    weight, states = run.vocab * run.model.dim, run.width * run.tokens * run.model.dim
-    return (4 + 4 + run.width) * weight + 2 * states
+    states = run.width * run.tokens * run.model.dim
+    return (4 + 4 + run.width) * _embedding(run) + 2 * states
+
+
+def _embedding(run: Run) -> int:
+    """The weights of the embedding, or of the output layer, on one tensor-parallel rank."""
+    return words(run.vocab, run.parallel.tensor) * run.model.dim
 
 
 def _gathered(run: Run, own: int) -> int:
@@ -229,7 +241,7 @@ def _step(run: Run, own: int, sharded: int) -> int:
         return flat + _step_of_muon(run, own)
     if run.cuda or not moments_of(run.optimizer):
         return flat
-    largest = run.vocab * run.model.dim if run.parallel.zero == 0 else sharded
+    largest = _embedding(run) if run.parallel.zero == 0 else sharded
     return flat + 2 * 4 * largest
 
 
@@ -237,7 +249,7 @@ def _step_of_muon(run: Run, own: int) -> int:
     """What data ranks send each other, receive, and have computed; and four copies of the largest matrix."""
     matrices, ranks = _matrices_per_rank(run), run.data if run.parallel.zero else 1
     exchanged = 3 * 4 * math.ceil(matrices / ranks) if ranks > 1 else 0
-    adam = run.vocab * run.model.dim if run.parallel.zero == 0 else math.ceil((own - matrices) / ranks)
+    adam = _embedding(run) if run.parallel.zero == 0 else math.ceil((own - matrices) / ranks)
     return max(exchanged + 4 * 4 * run.model.dim * run.model.hidden, 0 if run.cuda else 2 * 4 * adam)
 
 

@@ -67,11 +67,9 @@ def test_what_is_computed_again_counts_for_time_and_not_for_mfu() -> None:
     assert again.mfu == pytest.approx(0.5 * plain.products / again.products)
 
 
-def test_every_tensor_rank_computes_the_output_layer() -> None:
+def test_tensor_ranks_share_the_blocks_and_the_output_layer() -> None:
     two = step(MODEL, 10, layout(1, 1, tensor=2), CLUSTER)
-    head = 6 * 10 * 8
-    blocks = flops_per_token(MODEL, 10, 5) - head
-    assert two.products == pytest.approx(2 * 15 * (blocks / 2 + head) / 0.5e12)
+    assert two.products == pytest.approx(2 * 15 * flops_per_token(MODEL, 10, 5) / 2 / 0.5e12)
 
 
 def test_what_is_hidden_is_waited_for_beyond_the_products() -> None:

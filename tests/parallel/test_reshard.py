@@ -17,7 +17,9 @@ from tests.spawn import on_ranks
 from tests.tiny_run import pretrain
 
 STEPS = 5
-TOKENS = torch.arange(24).view(2, 12) * 7 % 300
+VOCAB = 301
+"""Which two tensor ranks do not divide."""
+TOKENS = torch.arange(24).view(2, 12) * 7 % VOCAB
 
 
 def task(zero: int, tensor: int, *overrides: str) -> Pretrain:
@@ -28,7 +30,7 @@ def task(zero: int, tensor: int, *overrides: str) -> Pretrain:
 
 
 def engine_of(stage: Pretrain, mesh: Mesh) -> Engine:
-    model = stage.model.build(300)
+    model = stage.model.build(VOCAB)
     return Engine(model, stage.optimizer.build, stage.optimizer.groups(model), stage.parallel, 0.0, mesh)
 
 
@@ -40,7 +42,7 @@ def written(path: Path, *overrides: str) -> dict[str, Tensor]:
     """A checkpoint after five steps that nobody took, and what the sixth must make of its weights."""
     torch.manual_seed(1)
     stage = task(0, 1, *overrides)
-    model = stage.model.build(300)
+    model = stage.model.build(VOCAB)
     names = {weight: name for name, weight in model.named_parameters()}
     tensors = {f"model/weight.{name}": weight.detach().clone() for weight, name in names.items()}
     optimizer = stage.optimizer.build(stage.optimizer.groups(model))  # without DeepSpeed

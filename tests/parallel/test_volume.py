@@ -30,9 +30,10 @@ def test_an_all_reduce_sends_twice_what_a_gather_sends() -> None:
     assert Sent("", "data", "reduce_scatter", 4, 1.0, 100).wire == 75
 
 
-def test_a_tensor_rank_holds_its_share_of_blocks_and_all_the_rest() -> None:
+def test_a_tensor_rank_holds_its_share_of_every_matrix_and_all_norms() -> None:
     assert held(TINY, 10, 1) == 1956
-    assert held(TINY, 10, 2) == 160 + 3 * (288 + 20) + 8
+    assert held(TINY, 10, 2) == 80 + 3 * (288 + 20) + 8
+    assert held(TINY, 9, 2) == held(TINY, 10, 2)  # of 5 and 4 words the more
 
 
 @pytest.mark.parametrize(
@@ -75,21 +76,23 @@ def test_zero_3_gathers_weights_twice_in_every_micro_batch_but_for_those_it_keep
 
 
 @pytest.mark.parametrize(
-    ("zero", "checkpointing", "forward", "backward"),
+    ("zero", "checkpointing", "forward", "backward", "words"),
     [
-        (1, False, 2 * 2, 5 * 2),  # after out and down; before q, k, v, gate and up
-        (1, True, 3 * 2, 5 * 2),  # and after out once more
-        (0, False, 2 * 2, 5 * 4),  # under autocast gradients are fp32
+        (1, False, 2 * 2, 5 * 2, 2 + 2),  # after out and down; before q, k, v, gate and up
+        (1, True, 3 * 2, 5 * 2, 2 + 2),  # and after out once more
+        (0, False, 2 * 2, 5 * 4, 4 + 2),  # under autocast gradients are fp32, and so is the embedding
     ],
 )
-def test_tensor_ranks_send_activations_in_every_block_of_every_micro_batch(
-    zero: int, checkpointing: bool, forward: int, backward: int
+def test_tensor_ranks_send_activations_in_every_block_of_every_micro_batch_and_at_both_ends(
+    zero: int, checkpointing: bool, forward: int, backward: int, words: int
 ) -> None:
-    activations = 2 * 3 * (3 * 5 * 8)  # micro-batches * layers * (rows * tokens * dim)
+    states = 2 * (3 * 5 * 8)  # micro-batches * (rows * tokens * dim)
     found = volume(TINY, 10, layout(zero, tensor=2, checkpointing=checkpointing))
     assert payloads(found) == [
-        ("tensor", "all_reduce", forward * activations),
-        ("tensor", "all_reduce", backward * activations),
+        ("tensor", "all_reduce", forward * 3 * states),  # of three blocks
+        ("tensor", "all_reduce", backward * 3 * states),
+        ("tensor", "all_reduce", words * states),
+        ("tensor", "all_gather", 2 * 4 * (3 * 5) * 2),  # in fp32 a number a token, of both ranks
     ]
 
 

@@ -25,7 +25,7 @@ def own(tensor: int) -> int:
     """What a rank holds of the tiny model, counted from the model and its plan."""
     with torch.device("meta"):
         model = GPT(TINY, VOCAB)
-    cut = {name.rpartition(".")[2] for name, how in GPT.tensor_plan.items() if how in ("column", "row")}
+    cut = {name.rpartition(".")[2] for name, how in GPT.tensor_plan.items() if how != "replicate-sum"}
     return sum(
         parameter.numel() // (tensor if name.split(".")[-2] in cut else 1)
         for name, parameter in model.named_parameters()
@@ -33,8 +33,16 @@ def own(tensor: int) -> int:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_a_tensor_parallel_rank_holds_its_share_of_the_blocks_matrices(tensor: int) -> None:
+def test_a_tensor_parallel_rank_holds_its_share_of_all_matrices(tensor: int) -> None:
     assert parameters_per_rank(TINY, VOCAB, tensor) == own(tensor)
+
+
+def test_the_output_layer_of_two_tensor_ranks_takes_half_as_much_memory() -> None:
+    # Gradients in fp32 and once more, and a cast copy; of the states, two copies of 4,096 x 2,048 in bf16.
+    states = 2 * 2 * 4_096 * 2_048
+    two = run().parallel.model_copy(update={"tensor": 2})
+    assert memory(run()).head == 10 * 65_536 * 2_048 + states
+    assert memory(run(parallel=two)).head == 10 * 32_768 * 2_048 + states
 
 
 def test_zero_1_in_bf16_holds_6_bytes_a_weight_and_shards_12() -> None:
