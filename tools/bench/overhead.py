@@ -4,6 +4,8 @@ Every line is a layout (`2/1x2`: ZeRO 2, one data rank of two tensor ranks) that
 model of `pretrain.py` by `megachat pretrain`, or the bare loop, once alone and once twice side by side, each
 of the two with half of the batch and half of the cores, as two ranks have. Columns are milliseconds a step,
 of the innermost of the functions in `runners/parts.py`, the mean of the ranks, the median of the rounds.
+With `--processor` every rank has one thread and the time is the processor's: what waits does not count, so
+it means something on a machine that others use, too.
 """
 
 import argparse
@@ -36,30 +38,43 @@ LAYOUTS: list[Layout] = [
 def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6, help=f"timed ones, after {SKIPPED} (default: 6)")
+    parser.add_argument("--steps", type=int, default=6, help="timed ones (default: 6)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; medians count (default: 3)")
     parser.add_argument("--only", nargs="+", default=[], metavar="LAYOUT", help="such as bare 1/1x1 2/2x1")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="SETTING", help="of megachat, for all its lines"
     )
+    parser.add_argument("--skip", type=int, default=SKIPPED, help=f"steps before (default: {SKIPPED})")
+    parser.add_argument(
+        "--processor", action="store_true", help="the processor's time, with one thread a rank"
+    )
     given = parser.parse_args()
+    own = {"BENCH_CLOCK": "processor", "OMP_NUM_THREADS": "1"} if given.processor else {}
     chosen = [layout for layout in LAYOUTS if not given.only or layout[0] in given.only]
     took: dict[Layout, list[dict[str, float]]] = {layout: [] for layout in chosen}
     with tempfile.TemporaryDirectory(prefix="bench-overhead.") as folder:
-        prepared = prepare(Path(folder), CPU, SKIPPED + given.steps + 1, "cpu")
+        prepared = prepare(Path(folder), CPU, given.skip + given.steps + 1, "cpu")
         for number in range(given.repeat):
             for layout in chosen:
                 print(f"round {number + 1}: {layout[0]} on {layout[1]}", file=sys.stderr, flush=True)
                 place = Path(folder) / f"{layout[0].replace('/', '-')}-{layout[1]}-{number}"
-                took[layout].append(measure(layout, prepared, place, given.steps, given.set))
+                took[layout].append(measure(layout, prepared, place, given.steps, given.set, own))
     print("\n".join(table(took)))
     return 0
 
 
 def measure(
-    layout: Layout, prepared: Prepared, place: Path, steps: int, settings: Sequence[str]
+    layout: Layout,
+    prepared: Prepared,
+    place: Path,
+    steps: int,
+    settings: Sequence[str] = (),
+    own: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
-    """Milliseconds a step by part, the mean of the ranks."""
+    """Milliseconds a step by part, the mean of the ranks, over the last `steps` but one of the job.
+
+    `own` are environment variables.
+    """
     place.mkdir()
     name, ranks = layout
     if name == "bare":
@@ -77,8 +92,16 @@ def measure(
         whole, variables, _ = line.command(prepared, place)
         command = whole[whole.index("megachat") + 1 :]
     kind = "bare" if name == "bare" else "megachat"
-    start = [sys.executable, "-m", "tools.bench.runners.parts", str(place), str(SKIPPED), str(steps), kind]
-    with running([*start, *command], variables, place) as processes:
+    start = [
+        sys.executable,
+        "-m",
+        "tools.bench.runners.parts",
+        str(place),
+        str(prepared.job.steps - steps - 1),
+        str(steps),
+        kind,
+    ]
+    with running([*start, *command], [one | dict(own or {}) for one in variables], place) as processes:
         for rank, process in enumerate(processes):
             if process.wait(timeout=1800):
                 raise RuntimeError(f"{name} failed:\n{said(place, rank)}")

@@ -2,7 +2,8 @@
 
 Runs `megachat ARGUMENT ...`, or the loop of `bare.py`, with a clock around functions that are called once or
 a few times a step; each second counts for the innermost of them that runs. After step FIRST + COUNT every
-rank writes to `OUT/parts-RANK.json` what the COUNT steps before took.
+rank writes to `OUT/parts-RANK.json` what the COUNT steps before took. With BENCH_CLOCK=processor in the
+environment seconds are those that its threads have worked.
 """
 
 import functools
@@ -164,7 +165,7 @@ def counting(clock: Clock, out: Path, first: int, count: int) -> Callable[..., C
 def main(arguments: Sequence[str]) -> None:
     """Runs it."""
     out, first, count, kind, *given = arguments
-    clock = Clock()
+    clock = Clock(time.process_time if os.environ.get("BENCH_CLOCK") == "processor" else time.perf_counter)
     from megachat.__main__ import main as megachat  # first: it says how threads wait, before torch is loaded
 
     bare = kind == "bare"
