@@ -57,6 +57,25 @@ def test_a_node_whose_gpus_have_died_is_unfit(monkeypatch: pytest.MonkeyPatch) -
     must_have_all(1)
 
 
+LEAVE = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print(dist.is_initialized()))  # what is registered first comes last
+from megachat.parallel.mesh import start
+start(1)
+print(dist.is_initialized())
+raise SystemExit(75)
+"""
+
+
+@pytest.mark.slow
+def test_the_group_is_left_before_python_ends_and_the_exit_code_stays() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.split(), done.returncode) == (["True", "False"], 75), done.stderr
+
+
 MEET = """
 import sys
 from megachat.parallel import mesh
