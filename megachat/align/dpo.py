@@ -17,7 +17,8 @@ from megachat.align.pairs import Data, Pair, Pairs, held_out_pairs, rendered, tr
 from megachat.align.rows import Rows
 from megachat.align.start import frozen, language_model, without_dropout
 from megachat.data.conversations import Preferences
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.feed import Fed
+from megachat.train.loop import Batch, Losses, Running
 
 
 def preference(
@@ -38,7 +39,7 @@ def dpo_loss(
     return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
-class DPO(Task):
+class DPO(Fed):
     """Learn from preferences without a reward model."""
 
     name: ClassVar[str] = "dpo"

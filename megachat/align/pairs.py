@@ -15,6 +15,7 @@ from megachat.data.conversations import Preference
 from megachat.data.loader import places
 from megachat.tokenizer.chat_format import render_answer, render_prompt
 from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.feed import Fed, fed
 from megachat.train.loop import Batch, Running, Task, measured, micro_batches
 
 T = TypeVar("T")
@@ -70,17 +71,20 @@ def collate(pairs: Sequence[Pair[Rendered]], run: Running) -> Pairs:
         weight=float(len(pairs)),
         work=rows.work(),
         samples=len(pairs),
-        rows=rows.to(run.mesh.device),
+        rows=rows,
     )
 
 
-def training_batches(task: Task, run: Running, pairs: Sequence[Pair[Rendered]]) -> Iterator[list[Batch]]:
+def training_batches(task: Fed, run: Running, pairs: Sequence[Pair[Rendered]]) -> Iterator[list[Batch]]:
     """This data rank's share of each step, from the run's position in the data on."""
     mesh, most = run.mesh, math.ceil(task.batch / run.mesh.data)
-    while True:
-        own = places(run.progress.samples, task.batch, mesh.data_rank, mesh.data)
+
+    def make(start: int) -> list[Pairs]:
+        own = places(start, task.batch, mesh.data_rank, mesh.data)
         chosen = [pairs[index] for index in drawn(len(pairs), task.seed, own)]
-        yield [*micro_batches(chosen, most, task.micro_batch, lambda part: collate(part, run))]
+        return [*micro_batches(chosen, most, task.micro_batch, lambda part: collate(part, run))]
+
+    return fed(task, run, make)
 
 
 def held_out_pairs(task: Task, run: Running) -> Iterator[Pairs]:

@@ -18,7 +18,8 @@ from megachat.align.pairs import Data, Pairs, held_out_pairs, rendered, training
 from megachat.align.start import language_model
 from megachat.data.conversations import Preferences
 from megachat.model.heads import Scalar
-from megachat.train.loop import Batch, Losses, Running, Task
+from megachat.train.feed import Fed
+from megachat.train.loop import Batch, Losses, Running
 
 
 def bradley_terry(
@@ -37,7 +38,7 @@ def last_score(
     return scores.gather(1, last).squeeze(1)
 
 
-class RM(Task):
+class RM(Fed):
     """Learn to score answers as people prefer them."""
 
     name: ClassVar[str] = "rm"

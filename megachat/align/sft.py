@@ -25,7 +25,8 @@ from megachat.model.generate import Sampling, generate
 from megachat.model.size import Work
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
-from megachat.train.loop import Batch, Losses, Running, Task, check_shards, measured, micro_batches
+from megachat.train.feed import Fed, fed
+from megachat.train.loop import Batch, Losses, Running, check_shards, measured, micro_batches
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Material:
     """Rows that are only measured."""
 
 
-class SFT(Task):
+class SFT(Fed):
     """Imitate the assistant's side of conversations."""
 
     name: ClassVar[str] = "sft"
@@ -123,10 +124,13 @@ class SFT(Task):
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """This data rank's share of the rows of each step, which do not depend on the number of ranks."""
         mesh, most = run.mesh, math.ceil(self.batch / run.mesh.data)
-        while True:
-            own = places(run.progress.samples, self.batch, mesh.data_rank, mesh.data)
+
+        def make(start: int) -> list[Said]:
+            own = places(start, self.batch, mesh.data_rank, mesh.data)
             rows = [run.data.rows[index] for index in drawn(len(run.data.rows), self.seed, own)]
-            yield [*micro_batches(rows, most, self.micro_batch, lambda part: self._collate(part, run))]
+            return [*micro_batches(rows, most, self.micro_batch, lambda part: self._collate(part, run))]
+
+        return fed(self, run, make)
 
     def _collate(self, rows: Sequence[list[Rendered]], run: Running) -> Said:
         full = packed(rows, run.tokenizer.pad, self.context)
@@ -135,9 +139,9 @@ class SFT(Task):
             weight=float(trained),
             work=Work.of([len(tokens) for row in rows for tokens, _ in row], trained),
             samples=len(rows),
-            inputs=full.tokens.to(run.mesh.device),
-            labels=full.labels.to(run.mesh.device),
-            documents=full.documents.to(run.mesh.device),
+            inputs=full.tokens,
+            labels=full.labels,
+            documents=full.documents,
         )
 
     def loss(self, run: Running, batch: Said) -> Losses:

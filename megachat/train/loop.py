@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -104,6 +104,15 @@ class Batch:
 B = TypeVar("B", bound=Batch)
 
 
+def mapped(item: Any, act: Callable[[Tensor], Tensor]) -> Any:
+    """The same with `act` done to each of its tensors, such as a batch on another device."""
+    if isinstance(item, Tensor):
+        return act(item)
+    if not is_dataclass(item) or isinstance(item, type):
+        return item
+    return replace(item, **{one.name: mapped(getattr(item, one.name), act) for one in fields(item)})
+
+
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """The items in groups of at most `size`: a batch as micro-batches."""
     return [items[first : first + size] for first in range(0, len(items), size)]
@@ -126,13 +135,13 @@ def micro_batches(
 def measured(
     items: Sequence[T], size: int, run: "Running", collate: Callable[[Sequence[T]], B]
 ) -> Iterator[B]:
-    """This data rank's share of what is only measured, in micro-batches of at most `size`."""
+    """This data rank's share of what is only measured, in micro-batches of at most `size` on its device."""
     mesh = run.mesh
     own = places(0, len(items), mesh.data_rank, mesh.data)
     most = math.ceil(len(items) / mesh.data)
     for batch in micro_batches(items[own.start : own.stop], most, size, collate, spare=items):
         run.pause()
-        yield batch
+        yield mapped(batch, lambda tensor: tensor.to(mesh.device))
 
 
 def check_shards(folder: Path, mesh: Mesh) -> None:

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from jaxtyping import Int
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from megachat.data.loader import (
@@ -25,7 +25,6 @@ from megachat.data.loader import (
     Plan,
     TokenWindows,
     Window,
-    ahead,
     documents_of,
     share,
 )
@@ -38,8 +37,9 @@ from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import Work
 from megachat.parallel.tensor import check_fits
+from megachat.train.feed import Fed, fed
 from megachat.train.forecast import Job
-from megachat.train.loop import Batch, Losses, Running, Task, check_shards, micro_batches, parts
+from megachat.train.loop import Batch, Losses, Running, check_shards, mapped, micro_batches, parts
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Corpus:
     """The windows that are only measured."""
 
 
-class Pretrain(Task):
+class Pretrain(Fed):
     """Predict the next token of every document."""
 
     name: ClassVar[str] = "pretrain"
@@ -76,8 +76,6 @@ class Pretrain(Task):
     """How often each source is read."""
     packing: Literal["concatenate", "best_fit"]
     """`concatenate`: rows are cut from the text as it comes; `best_fit`: whole documents, and padding."""
-    prefetch: NonNegativeInt
-    """Steps whose rows a thread reads ahead; 0: none."""
     on_changed_data: OnChange
     """A run that goes on (with resume=any) and finds other shards, sources, weights or packing: `refuse`; or
     `extend`: sources that are unchanged go on where they stand; or `restart`: all from their beginning."""
@@ -102,7 +100,7 @@ class Pretrain(Task):
         check_fits(self.model, self.parallel.tensor)
         return self
 
-    neutral: ClassVar[tuple[str, ...]] = (*Task.neutral, "prefetch", "on_changed_data", "verify_shards")
+    neutral: ClassVar[tuple[str, ...]] = (*Fed.neutral, "on_changed_data", "verify_shards")
 
     def reads(self) -> list[str]:
         """The tokenizer and the shards."""
@@ -179,13 +177,13 @@ class Pretrain(Task):
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """The next samples of the one global order, whatever the number of ranks."""
-        most = math.ceil(self.batch / run.mesh.data)
+        mesh, most = run.mesh, math.ceil(self.batch / run.mesh.data)
 
-        def read(start: int) -> list[Window]:
-            return share(run.data.order, start, self.batch, run.mesh.data_rank, run.mesh.data)
+        def make(start: int) -> list[Tokens]:
+            rows = share(run.data.order, start, self.batch, mesh.data_rank, mesh.data)
+            return [*micro_batches(rows, most, self.micro_batch, _collate)]
 
-        for rows in ahead(read, run.progress.samples, self.batch, self.prefetch):
-            yield [*micro_batches(rows, most, self.micro_batch, lambda part: _collate(part, run.mesh.device))]
+        return fed(self, run, make)
 
     def shifts(self, run: Running) -> bool:
         """Where a phase of a curriculum begins."""
@@ -212,7 +210,8 @@ class Pretrain(Task):
         with run.engines["model"].inference() as model:
             for part in parts(places, self.micro_batch):
                 run.pause()
-                batch = _collate([windows[chosen[place % len(chosen)]] for place in part], mesh.device)
+                rows = [windows[chosen[place % len(chosen)]] for place in part]
+                batch = mapped(_collate(rows), lambda tensor: tensor.to(mesh.device))
                 counts = torch.tensor([place < len(chosen) for place in part], device=mesh.device)
                 labels = batch.labels.clamp(min=0)
                 weights = torch.where((batch.labels >= 0) & counts[:, None], lengths[labels], 0)
@@ -233,7 +232,7 @@ class Pretrain(Task):
         return self.prompt + run.tokenizer.decode(new)
 
 
-def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
+def _collate(rows: Sequence[Window]) -> Tokens:
     length = len(rows[0].tokens) - 1
     tokens = np.concatenate([row.tokens for row in rows]).reshape(-1, length + 1)
     labels = tokens[:, 1:].astype(np.int64)
@@ -251,7 +250,7 @@ def _collate(rows: Sequence[Window], device: torch.device) -> Tokens:
         weight=float(trained),
         work=Work.of(lengths, trained),
         samples=len(rows),
-        inputs=torch.from_numpy(inputs).to(device),
-        labels=torch.from_numpy(labels).to(device),
-        documents=torch.from_numpy(documents).to(device),
+        inputs=torch.from_numpy(inputs),
+        labels=torch.from_numpy(labels),
+        documents=torch.from_numpy(documents),
     )

@@ -129,7 +129,7 @@ def advice(facts: Facts) -> list[str]:
         (facts.share("validation"), 0.1, "Validation takes {}: raise validation_interval."),
         (facts.share("rollout"), 0.5, "Writing answers takes {}: raise at_once as far as memory goes."),
         (use.idle if use else 0.0, 0.15, "The GPU has nothing to do for {} of the time: Python cannot start "
-         "kernels that small fast enough; raise micro_batch."),
+         "kernels that small fast enough; raise micro_batch, or set parallel.compile=true."),
         (facts.outside, 0.15, "Python between two operators takes {}: raise micro_batch, so that each does "
          "more."),
     ]  # fmt: skip
@@ -141,7 +141,7 @@ def advice(facts: Facts) -> list[str]:
     if facts.room is not None and facts.memory < 0.6 * facts.room:
         told.append(
             f"Peak memory is {facts.memory:.1f} of {facts.room:.1f} GiB: a larger micro_batch fits, or "
-            "parallel.checkpointing=false, where it is on."
+            "parallel.checkpointing=none, where it is not that already."
         )
     useful = facts.share("forward") + facts.share("backward")
     return told[:3] or [

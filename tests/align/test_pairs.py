@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_any_number_of_ranks_trains_on_what_one_would(inputs: Path, run: Path):
     assert read(1, 0) == read(2, 0) + read(2, 1) == read(3, 0) + read(3, 1) + read(3, 2)
     assert read(1, 0) == [row for rank in range(7) for row in read(7, rank)]
     assert len(read(1, 0)) == 8
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo"])
+def test_batches_made_ahead_are_those_made_when_they_are_needed(name: str, inputs: Path, run: Path):
+    read = []
+    for prefetch in (0, 2):
+        state = tiny.running(task := tiny.stage(name, inputs, run, "batch=8", f"prefetch={prefetch}"))
+        state.progress.samples = 8
+        steps = islice(task.batches(state), 3)
+        rows = [one.inputs if name == "sft" else one.rows.tokens for step in steps for one in step]
+        read.append([tokens.tolist() for tokens in rows])
+    assert read[0] == read[1] != []
+    assert len({str(tokens) for tokens in read[0]}) == len(read[0])  # no step reads what another has read
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from megachat.config import compose
 from megachat.data.document import Document, read_documents, write_documents
@@ -16,8 +15,6 @@ from megachat.train.pretrain import _collate
 from tests.spawn import on_ranks
 from tests.tiny_model import finish
 from tests.tiny_run import make, pretrain, rows
-
-CPU = torch.device("cpu")
 
 THREE = ["tokens=512", "validation_windows=3"]
 """Two steps, then three windows to measure, which two ranks cannot share evenly."""
@@ -85,7 +82,7 @@ def test_packed_rows_train_and_padding_has_no_label(tmp_path: Path) -> None:
     losses = [row["loss"] for row in rows(run)]
     assert losses[-1] < losses[0]
     batch = _collate(
-        [Window(np.array([5, 6, 7, 0, 0]), [0, 3]), Window(np.array([5, 6, 7, 8, 9]), [0, 1, 4, 5])], CPU
+        [Window(np.array([5, 6, 7, 0, 0]), [0, 3]), Window(np.array([5, 6, 7, 8, 9]), [0, 1, 4, 5])]
     )
     assert batch.labels.tolist() == [[6, 7, -100, -100], [-100, 7, 8, -100]]
     assert batch.documents.tolist() == [[0, 0, 0, -1], [0, 1, 1, 1]]
@@ -111,6 +108,6 @@ def test_shards_of_another_tokenizer_are_refused(run: Path) -> None:
 
 def test_the_work_of_a_row_is_that_of_its_documents_without_padding() -> None:
     row = Window(np.arange(9), [0, 3, 7])  # 9 tokens, the last of them only a label; two are padding
-    work = _collate([row, Window(np.arange(9), [0, 9])], CPU).work
+    work = _collate([row, Window(np.arange(9), [0, 9])]).work
     # Documents of 3, 4 and 8 tokens; no label comes from another document, or from padding.
     assert work == Work(tokens=3 + 4 + 8, pairs=6 + 10 + 36, logits=2 + 3 + 8)

@@ -33,7 +33,6 @@ from megachat.train.pretrain import Tokens, _collate
 WEIGHTS = {"web": 0.6, "zh": 0.3, "code": 0.1}
 BATCH, MICRO_BATCH = 64, 8
 VOCAB, BOS, EOS = 32_000, 2, 3
-CPU = torch.device("cpu")
 
 Read = Callable[[int], list[Tokens]]
 """The micro-batches of the step of this number."""
@@ -139,7 +138,7 @@ def batch(rows: NDArray[np.int64]) -> Tokens:
 
 def collated(rows: Sequence[Window]) -> list[Tokens]:
     """What `Pretrain.batches` makes of a step's rows."""
-    return [_collate(some, CPU) for some in parts(rows, MICRO_BATCH)]
+    return [_collate(some) for some in parts(rows, MICRO_BATCH)]
 
 
 def share_of_tokens(read: Read) -> float:
