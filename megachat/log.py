@@ -8,7 +8,9 @@ import netrc
 import os
 import sys
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -132,13 +134,15 @@ PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0}
 class Recorder:
     """A stage's figures: `metrics.jsonl` and `samples.jsonl` in its folder, and a W&B run.
 
-    Rank 0 writes, others do nothing.
+    Rank 0 writes, others do nothing. Rows are written by a thread: a slow disk, or W&B, costs a step no time.
     """
 
     def __init__(self, stage: "Stage", step: int = 0) -> None:
         """`step` is where the run goes on: later rows, left by an attempt that was cut off, are dropped."""
         self.stage = stage
         self.wandb: Any = None
+        self._writer = ThreadPoolExecutor(1, "recorder")
+        self._rows: deque[Future[None]] = deque()
         if not is_main():
             return
         self.rewind(step)
@@ -150,6 +154,7 @@ class Recorder:
         """Drops the rows behind a step, which the run is about to take once more."""
         if not is_main():
             return
+        self.written()
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.stage.folder / name
             rewrite(path, (row for row in rows(path) if row["step"] <= step))
@@ -190,9 +195,19 @@ class Recorder:
             say(f"{stage.name}: W&B is offline; `wandb sync {os.path.relpath(folder)}` uploads this run")
 
     def row(self, row: Mapping[str, float | int | None]) -> None:
-        """One logged step."""
+        """One logged step, to be written when it is its turn."""
         if not is_main():
             return
+        while self._rows and self._rows[0].done():
+            self._rows.popleft().result()
+        self._rows.append(self._writer.submit(self._write, dict(row)))
+
+    def written(self) -> None:
+        """Waits until every row is where it belongs."""
+        while self._rows:
+            self._rows.popleft().result()
+
+    def _write(self, row: Mapping[str, float | int | None]) -> None:
         append(self.stage.folder / "metrics.jsonl", row)
         shown = {UNITS.get(name, name): value for name, value in row.items() if value is not None}
         self._tell_wandb(lambda: self.wandb.log(shown, step=int(row["step"] or 0)))
@@ -220,6 +235,7 @@ class Recorder:
 
     def checkpoint(self, path: Path) -> None:
         """Records the final checkpoint and its tokenizer as artifacts, by reference: nothing is uploaded."""
+        self.written()
         if self.wandb is not None:
             self._tell_wandb(lambda: self._log_artifacts(path))
 
@@ -241,6 +257,8 @@ class Recorder:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self.written()
+        self._writer.shutdown()
         if self.wandb is not None:
             import wandb
 

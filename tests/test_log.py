@@ -1,11 +1,15 @@
 """What is recorded: rows that survive a kill, text with any character, and where W&B records."""
 
 import errno
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megachat import log
 from megachat.config import compose
 from megachat.log import Recorder, chosen_mode
 from megachat.run import Stage
@@ -44,6 +48,33 @@ def test_a_sample_may_hold_what_looks_like_the_end_of_a_line(stage: Stage, run: 
     assert odd.replace("\n", "\\n") in (run / "pretrain" / "samples.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_slow_disk_holds_up_no_step_and_loses_no_row(
+    stage: Stage, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, write = threading.Event(), log.append
+
+    def slow(path: Path, row: Mapping[str, Any]) -> None:
+        assert free.wait(60)
+        write(path, row)
+
+    monkeypatch.setattr(log, "append", slow)
+    with Recorder(stage) as recorder:
+        for step in (1, 2, 3):
+            recorder.row({"step": step})  # none has been written, and the run goes on
+        assert not (run / "pretrain" / "metrics.jsonl").read_text()
+        free.set()
+        recorder.rewind(2)
+        recorder.row({"step": 3, "loss": 0.5})
+    assert rows(run) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+    assert not any(thread.name.startswith("recorder") for thread in threading.enumerate())
+
+
+def test_a_mistake_of_ours_in_the_thread_ends_the_run(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "append", lambda path, row: row["loss"])
+    with pytest.raises(KeyError, match="loss"), Recorder(stage) as recorder:
+        recorder.row({"step": 1})
+
+
 def test_a_full_disk_and_a_failing_wandb_do_not_end_a_run(
     stage: Stage, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,6 +83,7 @@ def test_a_full_disk_and_a_failing_wandb_do_not_end_a_run(
 
     with Recorder(stage) as recorder:
         recorder.row({"step": 1})
+        recorder.written()
         recorder.wandb = SimpleNamespace(log=full)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", full)
@@ -59,6 +91,7 @@ def test_a_full_disk_and_a_failing_wandb_do_not_end_a_run(
             recorder.row({"step": 2})
             recorder.rewind(0)
             recorder.row({"step": 3})
+            recorder.written()
         recorder.row({"step": 4})
     assert rows(run) == [{"step": 1}, {"step": 4}]
     said = capsys.readouterr().err

@@ -560,6 +560,7 @@ class Trainer:
         if self.task.guard.compare:
             self.compare()
         self.run.watch.at("save")
+        self.recorder.written()  # rows up to a checkpoint are not to be missing when the run goes on from it
         self.saver.save(asdict(self.run.progress))
 
     def validate(self) -> bool:
