@@ -60,8 +60,13 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
-        return self.micro_batch * self.seq
+        """Of one micro-batch, that this rank has of its rows."""
+        return self.micro_batch * self.seq // self.parallel.sequence
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, over which ZeRO shards them."""
+        return self.data * self.parallel.sequence
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,14 @@ class Memory:
 def memory(run: Run) -> Memory:
     """What one rank of the run needs; of tensor-parallel ranks all need the same."""
     own = parameters_per_rank(run.model, run.vocab, run.parallel.tensor)
-    sharded = math.ceil(own / run.data)
+    sharded = math.ceil(own / run.replicas)
     zero, width = run.parallel.zero, 4 if run.autocast else run.width
     cut_weights, cut_rest = zero == 3, zero > 0
     weights = width * (sharded if cut_weights else own)
     master = 4 * sharded if zero else 0
     moments = 4 * moments_of(run.optimizer) * (sharded if cut_rest else own)
     if isinstance(run.optimizer, Muon):  # of a block's matrices one number is remembered, not two
-        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.data if cut_rest else 1))
+        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.replicas if cut_rest else 1))
     return Memory(
         weights=weights,
         master=master,
@@ -202,7 +207,8 @@ def block_bytes(run: Run) -> int:
     hidden = model.hidden // tensor
     norms = 2 * 4 * (2 * model.dim + (heads + keys if model.qk_norm else 0))
     read = width * (2 * model.dim + heads + hidden)
-    attention = width * (heads + 2 * keys) + 4 * model.heads // tensor + width * run.seq
+    mask = width * run.seq * run.parallel.sequence  # of whole rows
+    attention = width * (heads + 2 * keys) + 4 * model.heads // tensor + mask
     return norms + read + attention + width * 3 * hidden
 
 
@@ -247,7 +253,7 @@ def _step(run: Run, own: int, sharded: int) -> int:
 
 def _step_of_muon(run: Run, own: int) -> int:
     """What data ranks send each other, receive, and have computed; and four copies of the largest matrix."""
-    matrices, ranks = _matrices_per_rank(run), run.data if run.parallel.zero else 1
+    matrices, ranks = _matrices_per_rank(run), run.replicas if run.parallel.zero else 1
     exchanged = 3 * 4 * math.ceil(matrices / ranks) if ranks > 1 else 0
     adam = _embedding(run) if run.parallel.zero == 0 else math.ceil((own - matrices) / ranks)
     return max(exchanged + 4 * 4 * run.model.dim * run.model.hidden, 0 if run.cuda else 2 * 4 * adam)

@@ -36,6 +36,7 @@ from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import Work
+from megachat.parallel.sequence import check_rows
 from megachat.parallel.tensor import check_fits
 from megachat.train.feed import Fed, fed
 from megachat.train.forecast import Job
@@ -65,6 +66,7 @@ class Pretrain(Fed):
     """Predict the next token of every document."""
 
     name: ClassVar[str] = "pretrain"
+    shares_rows: ClassVar[bool] = True
 
     model: GPTConfig
     """The shape of the model."""
@@ -98,6 +100,7 @@ class Pretrain(Fed):
                 f"context ({self.context}) is longer than the model's (model.context={self.model.context})"
             )
         check_fits(self.model, self.parallel.tensor)
+        check_rows(self.model, self.parallel.sequence, self.context)
         return self
 
     neutral: ClassVar[tuple[str, ...]] = (*Fed.neutral, "on_changed_data", "verify_shards")
