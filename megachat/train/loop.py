@@ -104,13 +104,18 @@ class Batch:
 B = TypeVar("B", bound=Batch)
 
 
+STAYS = {"stays": True}
+"""Metadata of a batch's field that does not go to the device with the others."""
+
+
 def mapped(item: Any, act: Callable[[Tensor], Tensor]) -> Any:
-    """The same with `act` done to each of its tensors, such as a batch on another device."""
+    """The same with `act` done to each of its tensors, such as a batch on another device; but what stays."""
     if isinstance(item, Tensor):
         return act(item)
     if not is_dataclass(item) or isinstance(item, type):
         return item
-    return replace(item, **{one.name: mapped(getattr(item, one.name), act) for one in fields(item)})
+    going = [one.name for one in fields(item) if "stays" not in one.metadata]
+    return replace(item, **{name: mapped(getattr(item, name), act) for name in going})
 
 
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:

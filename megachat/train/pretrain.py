@@ -8,7 +8,7 @@ accident. Validation is in bits per byte, which no tokenizer can flatter.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar, Literal
 
@@ -40,7 +40,7 @@ from megachat.parallel.sequence import check_rows
 from megachat.parallel.tensor import check_fits
 from megachat.train.feed import Fed, fed
 from megachat.train.forecast import Job
-from megachat.train.loop import Batch, Losses, Running, check_shards, mapped, micro_batches, parts
+from megachat.train.loop import STAYS, Batch, Losses, Running, check_shards, mapped, micro_batches, parts
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tokens(Batch):
 
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
-    documents: Int[Tensor, "batch seq"]
+    documents: Int[Tensor, "batch seq"] = field(metadata=STAYS)
 
 
 @dataclass
