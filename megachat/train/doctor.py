@@ -26,20 +26,23 @@ from megachat.parallel.mesh import expected_world
 from megachat.run import finished
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.forecast import (
-    Corpus,
+    Encoded,
     Finding,
     Job,
     check_batch,
+    check_corpus,
     check_disk,
     check_host,
     check_memory,
     check_rate,
     check_tensor,
     check_tokens,
+    check_vocabulary,
     device_memory,
     flop,
     gib,
     memory_here,
+    room_here,
     short,
     size,
     worst,
@@ -147,7 +150,7 @@ class Doctor(Pretrain):
         if speed is not None:
             yield Finding("ok", "run folder", f"{there} ({kind}), {size(speed)} a second with fsync")
 
-    def data(self) -> tuple[Tokenizer | None, Corpus | None, list[Finding]]:
+    def data(self) -> tuple[Tokenizer | None, Encoded | None, list[Finding]]:
         """The tokenizer and the shards, as far as they are there."""
         found, tokenizer, corpus = [], None, None
         if finished(self.source("tokenizer")):
@@ -160,19 +163,12 @@ class Doctor(Pretrain):
         if not finished(folder):
             text = f"`encode` has not finished in {self.run}: the corpus was not looked at"
             return tokenizer, None, [*found, Finding("unknown", "corpus", text)]
-        corpus = Corpus.read(folder, self.mixture)
-        if tokenizer and corpus.tokenizer != tokenizer.sha256:
-            text = f"{folder} was encoded with another tokenizer ({corpus.tokenizer[:12]})"
-            remedy = f"`megachat encode run={self.run}` again"
-            found.append(Finding("problem", "corpus", text, remedy))
-        if corpus.missing:
-            text = (
-                f"the mixture names {', '.join(corpus.missing)}; the corpus has {', '.join(corpus.sources)}"
-            )
-            found.append(Finding("problem", "corpus", text, "correct mixture.weights"))
+        corpus = Encoded.read(folder, self.mixture)
+        if tokenizer:
+            found.extend(check_corpus(corpus, tokenizer.vocab, tokenizer.sha256))
         return tokenizer, corpus, found
 
-    def settings(self, job: Job, corpus: Corpus | None) -> Iterator[Finding]:
+    def settings(self, job: Job, corpus: Encoded | None) -> Iterator[Finding]:
         """What arithmetic can tell."""
         layout = check_tensor(job, self.gpus_per_node)
         if layout:
@@ -184,6 +180,7 @@ class Doctor(Pretrain):
         else:
             yield check_memory(job, room, where)
         yield check_host(job, min(job.ranks, self.gpus_per_node), None if self.elsewhere else memory_here())
+        yield check_vocabulary(job)
         yield check_batch(job)
         budget = self.budget(corpus.tokens if corpus else None)
         if budget is not None:
@@ -201,13 +198,11 @@ class Doctor(Pretrain):
         if self.device is not None:
             there = device_memory(self.device)
             return None if there is None else ROOM * there, self.device
-        if torch.cuda.is_available():
-            return ROOM * torch.cuda.mem_get_info()[1], here()
-        if self.gpus is not None:
+        if self.gpus is not None and not torch.cuda.is_available():
             return None, "the device"
-        return memory_here() / job.ranks, "the memory that is free here"
+        return room_here(job.ranks)
 
-    def plan(self, job: Job, corpus: Corpus | None) -> Iterator[str]:
+    def plan(self, job: Job, corpus: Encoded | None) -> Iterator[str]:
         """Steps, days, money, bytes."""
         tokens = self.budget(corpus.tokens if corpus else None)
         if tokens is None:

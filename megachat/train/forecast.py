@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from megachat.data.mixture import Mixture
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import flops_per_token, parameters
 from megachat.parallel.engine import Parallel
-from megachat.train.memory import Memory, Run, largest_micro_batch, memory, moments_of
+from megachat.train.memory import ROOM, Memory, Run, largest_micro_batch, memory, moments_of
 from megachat.train.optimizers import SGD, Optimizer
 
 MEMORY = {
@@ -48,6 +50,9 @@ GPT_3 = {
     175e9: 6e-5,
 }
 """Parameters and Adam's learning rate (Brown et al., 2020, https://arxiv.org/abs/2005.14165, table 2.1)."""
+
+NEAR = 1.1
+"""How far a formula's memory may be from that of the run: `tools/estimate_memory.py --table` measures it."""
 
 Number = int | float
 Level = Literal["ok", "unknown", "warning", "problem"]
@@ -84,7 +89,7 @@ class Job:
     @property
     def data(self) -> int:
         """Data-parallel ranks."""
-        return max(1, self.ranks // self.parallel.together)
+        return max(1, self.ranks // self.parallel.tensor)
 
     @property
     def parameters(self) -> int:
@@ -134,9 +139,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Encoded:
     """What `encode` has written, as far as a mixture reads it."""
 
+    folder: Path
     tokens: int
     """To train on."""
     tokenizer: str
@@ -146,14 +152,15 @@ class Corpus:
     """Sources that the mixture names and the corpus does not have."""
 
     @staticmethod
-    def read(folder: Path, mixture: Mixture) -> "Corpus":
+    def read(folder: Path, mixture: Mixture) -> "Encoded":
         """From the manifest alone."""
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         shards = [shard for shard in manifest["shards"].values() if shard["split"] == "train"]
         sources = [shard["source"] for shard in shards]
         named = {name for phase in mixture.plan() for name in phase.weights}
         used = named or set(sources)
-        return Corpus(
+        return Encoded(
+            folder=folder,
             tokens=sum(shard["tokens"] for shard in shards if shard["source"] in used),
             tokenizer=manifest["tokenizer"],
             sources=sources,
@@ -172,6 +179,13 @@ def memory_here() -> int:
         with suppress(OSError, ValueError):  # not there, or "max"
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     return free
+
+
+def room_here(ranks: int) -> tuple[float, str]:
+    """Bytes that each of so many ranks of this machine may fill, and of what."""
+    if torch.cuda.is_available():
+        return ROOM * torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+    return memory_here() / ranks, "the memory that is free here"
 
 
 def device_memory(name: str) -> int | None:
@@ -216,9 +230,10 @@ def check_memory(job: Job, room: Number, where: str) -> Finding:
     if needed.peak <= room:
         more = f"; micro_batch up to {fitting} fits" if fitting > job.run.micro_batch else ""
         return Finding("ok", "memory", text + more)
-    if fitting:
-        return Finding("problem", "memory", text, f"micro_batch={fitting} fits")
-    return Finding("problem", "memory", text, _smaller(job))
+    remedy = f"micro_batch={fitting} fits" if fitting else _smaller(job)
+    if needed.peak <= NEAR * room:
+        return Finding("warning", "memory", f"{text}: it may or may not fit", remedy)
+    return Finding("problem", "memory", text, remedy)
 
 
 def _smaller(job: Job) -> str:
@@ -242,6 +257,29 @@ def check_host(job: Job, ranks: int, room: int | None) -> Finding:
     if room is None and max(built, copied) > DGX:
         return Finding("warning", "host memory", text, "a DGX H100 has 2 TB")
     return Finding("ok", "host memory", text)
+
+
+def check_corpus(corpus: Encoded, vocab: int, tokenizer: str) -> list[Finding]:
+    """Whether the tokens are of the tokenizer with this sum, and all sources of the mixture are there."""
+    found = []
+    if corpus.tokenizer != tokenizer:
+        text = f"{corpus.folder} was encoded with another tokenizer ({corpus.tokenizer[:12]}) than this run's"
+        remedy = f"run `megachat encode` again: its tokens are no words of the model's {vocab:,}"
+        found.append(Finding("problem", "corpus", text, remedy))
+    if corpus.missing:
+        text = f"the mixture names {', '.join(corpus.missing)}; the corpus has {', '.join(corpus.sources)}"
+        found.append(Finding("problem", "corpus", text, "correct mixture.weights"))
+    return found
+
+
+def check_vocabulary(job: Job) -> Finding:
+    """Whether the model's weights are those of blocks that compute, or rows that are looked up."""
+    share = 1 - parameters(job.model, 0) / job.parameters
+    text = f"{job.vocab:,} words, {share:.0%} of the {short(job.parameters)} parameters"
+    if share > 0.75:
+        remedy = "train a smaller one (vocab=... of `tokenizer`), or a larger model"
+        return Finding("warning", "vocabulary", text, remedy)
+    return Finding("ok", "vocabulary", text)
 
 
 def check_batch(job: Job) -> Finding:
@@ -309,16 +347,14 @@ def check_rate(job: Job) -> Finding:
 
 
 def check_tensor(job: Job, per_node: int) -> Finding | None:
-    """Ranks that share a model or rows talk in every layer, so they should share a node."""
-    for name, degree in (("tensor", job.parallel.tensor), ("sequence", job.parallel.sequence)):
-        if job.ranks % degree:
-            text = f"parallel.{name}={degree} does not divide {job.ranks} ranks"
-            return Finding("problem", "layout", text, "choose a multiple of it for the number of GPUs")
-        if degree > per_node:
-            text = (
-                f"parallel.{name}={degree} spans nodes of {per_node} GPUs: every layer waits for the network"
-            )
-            return Finding("warning", "layout", text, f"parallel.{name}={per_node} and a higher ZeRO stage")
+    """Tensor-parallel ranks talk in every layer, so they should share a node."""
+    tensor = job.parallel.tensor
+    if job.ranks % tensor:
+        text = f"parallel.tensor={tensor} does not divide {job.ranks} ranks"
+        return Finding("problem", "layout", text, "choose a multiple of it for the number of GPUs")
+    if tensor > per_node:
+        text = f"parallel.tensor={tensor} spans nodes of {per_node} GPUs: every layer waits for the network"
+        return Finding("warning", "layout", text, f"parallel.tensor={per_node} and a higher ZeRO stage")
     return None
 
 

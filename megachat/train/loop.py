@@ -104,18 +104,13 @@ class Batch:
 B = TypeVar("B", bound=Batch)
 
 
-STAYS = {"stays": True}
-"""Metadata of a batch's field that does not go to the device with the others."""
-
-
 def mapped(item: Any, act: Callable[[Tensor], Tensor]) -> Any:
-    """The same with `act` done to each of its tensors, such as a batch on another device; but what stays."""
+    """The same with `act` done to each of its tensors, such as a batch on another device."""
     if isinstance(item, Tensor):
         return act(item)
     if not is_dataclass(item) or isinstance(item, type):
         return item
-    going = [one.name for one in fields(item) if "stays" not in one.metadata]
-    return replace(item, **{name: mapped(getattr(item, name), act) for name in going})
+    return replace(item, **{one.name: mapped(getattr(item, one.name), act) for one in fields(item)})
 
 
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -225,9 +220,6 @@ class Task(Stage):
     """A step takes as much as so many forward passes through the model, two of which are its backward pass.
     0: it takes more than can be told by them, and MFU is n/a."""
 
-    shares_rows: ClassVar[bool] = False
-    """Whether its losses are those of whole rows (`parallel.sequence`)."""
-
     parallel: Parallel
     """How the model is spread over processes."""
     optimizer: Optimizer
@@ -263,7 +255,8 @@ class Task(Stage):
     watch: Watching
     """When a run that stands still is ended, and which rank is called slow."""
     preflight: bool
-    """Look at every node before the start: GPU, network, run folder, clock."""
+    """Look before the start: at every node (GPU, network, run folder, clock), and, in pretraining, at whether
+    memory, corpus and vocabulary will do."""
     profile: bool
     """Trace a few steps of rank 0: `profile.md` in the stage's folder says where their time went."""
     resume: Literal["same", "any"]
@@ -280,16 +273,10 @@ class Task(Stage):
     @classmethod
     def _divides_the_job(cls, parallel: Parallel) -> Parallel:
         world = expected_world()
-        for name in ("tensor", "sequence"):
-            if cls.trains and world % getattr(parallel, name):
-                raise ValueError(
-                    f"{name}={getattr(parallel, name)} does not divide the {world} processes of this job; "
-                    f"use one of {divisors(world)}"
-                )
-        if parallel.sequence > 1 and not cls.shares_rows:
+        if cls.trains and world % parallel.tensor:
             raise ValueError(
-                f"sequence={parallel.sequence} shares the tokens of a row among ranks, which only "
-                f"pretrain does; use sequence=1 for {cls.name}"
+                f"tensor={parallel.tensor} does not divide the {world} processes of this job; "
+                f"use one of {divisors(world)}"
             )
         return parallel
 
@@ -297,6 +284,9 @@ class Task(Stage):
     def continues(self) -> bool:
         """With `resume: any`."""
         return self.resume == "any"
+
+    def foresee(self, run: Running) -> None:
+        """Raises what can be told to be wrong before anything large is loaded. All ranks call it."""
 
     def models(self, run: Running) -> dict[str, nn.Module]:
         """The models to train, by role, with their starting weights."""
@@ -348,8 +338,7 @@ class Task(Stage):
 
 def fit(task: Task) -> None:
     """Runs a training stage from its newest checkpoint, or from the start, to the end."""
-    spread = task.parallel
-    mesh = start(spread.tensor, task.watch.start, task.watch.timeout, spread.sequence)
+    mesh = start(task.parallel.tensor, task.watch.start, task.watch.timeout)
     if task.batch < mesh.data:
         raise ValueError(
             f"batch={task.batch} has no sample for some of the {mesh.data} data-parallel ranks; "
@@ -384,6 +373,8 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     tokenizer = Tokenizer.load(task.input("tokenizer"))
     fence = partial(mine.fence, task.folder, mesh)
     run = Running(mesh, tokenizer, Progress(), watch=watch, fence=fence)
+    if task.preflight:
+        task.foresee(run)
     models = task.models(run)
     # One rank's word: on another node a copy of a file may have another time.
     run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
@@ -720,9 +711,7 @@ def attempt_step(task: Task, run: Running, batches: list[Batch], weight: float, 
     own = torch.stack(list(summed.values()))
     sums = dict(zip(summed, run.mesh.sum_tensor(own.clone()).tolist(), strict=True))
     why = task.guard.objection(sums, weight, run.progress.recent)
-    if task.parallel.together > 1 and run.mesh.any(
-        bool(why)
-    ):  # ranks of one group may differ in the last bit
+    if run.mesh.tensor > 1 and run.mesh.any(bool(why)):  # ranks of one group may differ in the last bit
         why = why or "another rank objects"
     run.watch.at("step")
     if len(result.losses) > 1 and not why:  # none of several is to be updated when another cannot be
@@ -899,9 +888,8 @@ def _checkpoint_bytes(models: dict[str, nn.Module]) -> int:
 
 
 def _reseed(seed: int, run: Running) -> None:
-    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, the data read."""
-    place = run.mesh.replica_rank  # that of the data, where ranks do not share rows
-    digest = hashlib.blake2b(f"{seed} {run.progress.step} {place}".encode(), digest_size=8)
+    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, the data rank."""
+    digest = hashlib.blake2b(f"{seed} {run.progress.step} {run.mesh.data_rank}".encode(), digest_size=8)
     torch.manual_seed(int.from_bytes(digest.digest()) >> 1)
 
 

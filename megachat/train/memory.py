@@ -14,17 +14,17 @@ compares the sum with the peak of real steps.
 import math
 from dataclasses import dataclass, fields, replace
 
+from megachat.model.attention import BLOCK
+from megachat.model.cross_entropy import LOGITS
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import parameters
 from megachat.parallel.engine import Parallel
 from megachat.train.optimizers import SGD, Muon, Optimizer
 
-BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once, its default."""
 LIVE = 1_000_000_000
-"""Elements that ZeRO 3 leaves gathered at once, its default."""
-PERSISTENT = 100_000
-"""Elements of the largest parameter that ZeRO 3 never shards, its default."""
+"""Numbers that ZeRO 3 leaves gathered at once, DeepSpeed's default."""
+ALL_REDUCE = 500_000_000
+"""Numbers that DeepSpeed flattens at once where it has no bucket, in ZeRO 0 and its `BF16_Optimizer`."""
 ROOM = 0.92
 """The share of a GPU's memory that tensors may fill: CUDA, NCCL, and gaps between tensors take the rest."""
 
@@ -60,13 +60,8 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch, that this rank has of its rows."""
-        return self.micro_batch * self.seq // self.parallel.sequence
-
-    @property
-    def replicas(self) -> int:
-        """Ranks with the same weights, over which ZeRO shards them."""
-        return self.data * self.parallel.sequence
+        """Of one micro-batch."""
+        return self.micro_batch * self.seq
 
 
 @dataclass(frozen=True)
@@ -80,17 +75,19 @@ class Memory:
     moments: int
     """Of the optimizer, fp32."""
     gradients: int
-    """That outlive a micro-batch."""
+    """In a forward pass: those of the step's micro-batches before it."""
+    bucket: int
+    """In which ZeRO 3 sums gradients; it stays."""
     activations: int
-    """What a forward pass leaves for the backward pass, with what one block adds while it works."""
+    """What a forward pass leaves for the backward pass."""
     head: int
-    """The output layer and the loss, at the end of a forward pass."""
+    """More at the end of a forward pass: the output layer and the loss, or one block's backward pass."""
     gathered: int
     """Weights of other ranks (ZeRO 3), or cast ones (autocast), during a pass."""
     reduction: int
-    """Buffers in which gradients are summed over the ranks."""
+    """Gradients at the end of a backward pass, and the buffers in which they are summed over the ranks."""
     step: int
-    """What the optimizer needs while it works."""
+    """Gradients during the optimizer's step, and what it needs while it works."""
     start: int
     """The model in the moment before it is sharded."""
 
@@ -110,9 +107,9 @@ class Memory:
         return max(self._moments().values())
 
     def _moments(self) -> dict[str, int]:
-        held = self.lasting + self.gradients
+        held = self.lasting + self.bucket
         return {
-            "forward": held + self.gathered + self.activations + self.head,
+            "forward": held + self.gradients + self.gathered + self.activations + self.head,
             "reduction": held + self.gathered + self.reduction,
             "step": held + self.step,
             "start": self.start,
@@ -124,21 +121,25 @@ class Memory:
 
 
 def memory(run: Run) -> Memory:
-    """What one rank of the run needs; of tensor-parallel ranks all need the same."""
+    """What one rank of the run needs; of tensor-parallel ranks all need the same.
+
+    Of a GPU's rank: what is offloaded is the host's. A CPU is both.
+    """
     own = parameters_per_rank(run.model, run.vocab, run.parallel.tensor)
-    sharded = math.ceil(own / run.replicas)
+    sharded = math.ceil(own / run.data)
     zero, width = run.parallel.zero, 4 if run.autocast else run.width
     cut_weights, cut_rest = zero == 3, zero > 0
     weights = width * (sharded if cut_weights else own)
     master = 4 * sharded if zero else 0
     moments = 4 * moments_of(run.optimizer) * (sharded if cut_rest else own)
     if isinstance(run.optimizer, Muon):  # of a block's matrices one number is remembered, not two
-        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.replicas if cut_rest else 1))
-    return Memory(
+        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.data if cut_rest else 1))
+    needed = Memory(
         weights=weights,
         master=master,
         moments=moments,
         gradients=_gradients(run, own, sharded),
+        bucket=run.width * _bucket(run, own) if zero == 3 else 0,
         activations=_activations(run),
         head=_head(run),
         gathered=_gathered(run, own),
@@ -146,6 +147,11 @@ def memory(run: Run) -> Memory:
         step=_step(run, own, sharded),
         start=width * own + 4 * sharded if cut_weights else 0,
     )
+    if not run.cuda or run.parallel.offload == "none":
+        return needed
+    away = 4 * sharded  # gradients: a share of them in fp32
+    left = replace(needed, master=0, moments=0, gradients=0, reduction=needed.reduction - away, step=0)
+    return replace(left, weights=0) if run.parallel.offload == "parameters" else left
 
 
 def parameters_per_rank(model: GPTConfig, vocab: int, tensor: int) -> int:
@@ -180,90 +186,218 @@ def moments_of(optimizer: Optimizer) -> int:
     return 2
 
 
-def _gradients(run: Run, own: int, sharded: int) -> int:
-    """ZeRO 2 and 3 keep a share in fp32; ZeRO 1 in bf16 all of them in fp32, and those of a pass in bf16."""
-    if run.parallel.zero >= 2:
-        return 4 * sharded
-    return (4 + 2 * (run.bf16 and run.parallel.zero == 1)) * own
-
-
-def _activations(run: Run) -> int:
-    """Of all blocks; with checkpointing their inputs, and all of one block."""
-    block = run.tokens * block_bytes(run)
-    if run.parallel.checkpointing != "none":
-        return run.model.layers * run.tokens * run.width * run.model.dim + block
-    return run.model.layers * block
-
-
-def block_bytes(run: Run) -> int:
-    """What one block leaves of one token for the backward pass.
-
-    Two norms of width `dim` and those of queries and keys leave their input and what they made, in fp32; then
-    what the matrices read (q, k, v and out; gate, up and down), what attention reads and returns, and inside
-    the MLP both factors and the activation.
-    """
-    model, tensor, width = run.model, run.parallel.tensor, run.width
-    heads, keys = model.heads * model.head_dim // tensor, model.kv_heads * model.head_dim // tensor
-    hidden = model.hidden // tensor
-    norms = 2 * 4 * (2 * model.dim + (heads + keys if model.qk_norm else 0))
-    read = width * (2 * model.dim + heads + hidden)
-    mask = width * run.seq * run.parallel.sequence  # of whole rows
-    attention = width * (heads + 2 * keys) + 4 * model.heads // tensor + mask
-    return norms + read + attention + width * 3 * hidden
-
-
-def _head(run: Run) -> int:
-    """The gradients that the loss computes with its value (`megachat/model/cross_entropy.py`).
-
-    Those of the output layer in fp32, once more when they are scaled, and cast; those of the states twice.
-    """
-    states = run.width * run.tokens * run.model.dim
-    return (4 + 4 + run.width) * _embedding(run) + 2 * states
-
-
 def _embedding(run: Run) -> int:
     """The weights of the embedding, or of the output layer, on one tensor-parallel rank."""
     return words(run.vocab, run.parallel.tensor) * run.model.dim
 
 
+def _largest(run: Run) -> int:
+    """The weights of the largest matrix that a rank holds."""
+    return max(_embedding(run), run.model.dim * run.model.hidden // run.parallel.tensor)
+
+
+def _master_apart(run: Run) -> bool:
+    """DeepSpeed's ZeRO 1 in bf16 is its `BF16_Optimizer`: gradients are added up in fp32, whole."""
+    return run.parallel.zero == 1 and run.bf16
+
+
+# What a forward pass leaves.
+
+
+def _activations(run: Run) -> int:
+    """Of all blocks, of the last norm, and the mask, a byte for each pair; a GPU's kernel in bf16 has none.
+
+    With checkpointing what a block keeps is its input; `selective` also what its products give, and on a GPU
+    its attention.
+    """
+    ends = run.tokens * (_norm_bytes(run, run.model.dim) + (0 if run.cuda and run.bf16 else run.seq))
+    kept = block_bytes(run)
+    if run.parallel.checkpointing != "none":
+        kept = _residual(run) * run.model.dim
+    if run.parallel.checkpointing == "selective":
+        heads, keys, hidden = _widths(run)
+        attention = run.width * heads + 4 * heads // run.model.head_dim if run.cuda else 0
+        kept += run.width * (heads + 2 * keys + 2 * hidden + 2 * run.model.dim) + attention
+    return run.model.layers * run.tokens * kept + ends
+
+
+def _widths(run: Run) -> tuple[int, int, int]:
+    """Numbers of a token in this rank's queries, keys, and MLP."""
+    model, tensor = run.model, run.parallel.tensor
+    return (
+        model.heads * model.head_dim // tensor,
+        model.kv_heads * model.head_dim // tensor,
+        model.hidden // tensor,
+    )
+
+
+def _residual(run: Run) -> int:
+    """Bytes of a number between blocks: autocast leaves what it adds up in fp32."""
+    return 4 if run.autocast else run.width
+
+
+def _norm_bytes(run: Run, count: int) -> int:
+    """What an RMSNorm of so many numbers keeps of its own: on a GPU a kernel takes its input as it is.
+
+    Elsewhere, and under autocast, it is put together: its input, and that over its root mean square, in fp32.
+    """
+    return run.width * count if run.cuda and not run.autocast else 8 * count
+
+
+def block_bytes(run: Run) -> int:
+    """What one block leaves of one token for the backward pass: all that autograd saves in it.
+
+    Four norms; what they give the products of q, k, v and of gate and up to read, under autocast a cast copy
+    for each; q, k, v and the result in attention, and the result once more as `out` reads it; and in the MLP
+    both factors, the activation, and the product that `down` reads.
+    """
+    model, width = run.model, run.width
+    heads, keys, hidden = _widths(run)
+    norms = 2 * _norm_bytes(run, model.dim) + (_norm_bytes(run, heads + keys) if model.qk_norm else 0)
+    read = width * model.dim * (5 if run.autocast else 2)
+    return norms + read + _attention(run, heads, keys) + width * (heads + 4 * hidden)
+
+
+def _attention(run: Run, heads: int, keys: int) -> int:
+    """A CPU's (`megachat/model/attention.py`) keeps a mask of a byte a pair, and for short rows the shares.
+
+    Those are what each head takes of each key: half of the square, and half of the blocks on its diagonal. A
+    GPU's kernel keeps a number of each head; that for fp32 has a mask, as numbers, and keys are repeated.
+    """
+    model, width = run.model, run.width
+    if run.cuda:
+        of_heads = 4 * heads // model.head_dim
+        if run.bf16:
+            return width * (2 * heads + 2 * keys) + of_heads
+        return width * 4 * heads + of_heads + width * run.seq
+    kept = run.seq <= 8 * model.head_dim
+    shares = heads // model.head_dim * width * (run.seq + min(run.seq, BLOCK)) // 2 if kept else 0
+    return width * (2 * heads + 2 * keys) + run.seq + shares
+
+
+def _head(run: Run) -> int:
+    """What is there for a moment, besides the activations: the more of the following.
+
+    The output layer and its loss compute the gradients with the value (`megachat/model/cross_entropy.py`), of
+    the states, and of the layer in fp32. To the latter each chunk of logits adds a product, which a CPU makes
+    as wide first; under autocast the layer is cast. In the backward pass it is scaled, which is a copy, and
+    cast to the layer's dtype.
+
+    Or one block's backward pass, with the output layer's gradient still there: two numbers for each inside
+    the MLP (the gradients of its factors), and the residual's. Checkpointing computes the block again first.
+    """
+    weight, states = _embedding(run), run.width * run.tokens * run.model.dim
+    own_words = words(run.vocab, run.parallel.tensor)
+    rows = min(run.tokens, max(128, LOGITS["cuda" if run.cuda else "cpu"] // own_words // 128 * 128))
+    chunk = own_words * rows * (2 + 4 + 4 if run.bf16 else 4 + 4)
+    widened = 4 if run.bf16 and not run.cuda else 0
+    product = (run.width + widened) * weight + run.width * own_words * rows
+    forward = (2 if run.autocast else 0) * weight + max(chunk, product) + states
+    own = 0 if run.autocast else run.width
+    backward = (4 + (own if own < 4 else 0)) * weight + 2 * states
+    work = run.tokens * (run.width * 2 * _widths(run)[2] + 2 * 4 * run.model.dim)
+    if run.parallel.checkpointing != "none":
+        work += run.tokens * block_bytes(run)
+    return max(4 * weight + max(forward, backward), (own or 4) * weight + work)
+
+
 def _gathered(run: Run, own: int) -> int:
+    """Under autocast the blocks' matrices in bf16; under ZeRO 3 what has not been given back.
+
+    That is nothing that will be used again within a billion numbers: small models stay whole. A rank alone
+    has all of it in any case.
+    """
     if run.autocast:
-        return 2 * own
-    return run.width * min(own, LIVE) if run.parallel.zero == 3 else 0
+        return 2 * _matrices_per_rank(run)
+    return run.width * min(own, LIVE) if run.parallel.zero == 3 and run.data > 1 else 0
+
+
+# Gradients, from one micro-batch to the next, when they are reduced, and in the step.
+
+
+def _gradients(run: Run, own: int, sharded: int) -> int:
+    """In the last forward pass of a step, from the micro-batches before it.
+
+    ZeRO 0 and 1 keep all of them, ZeRO 1 in bf16 in fp32 beside those of a pass; ZeRO 2 and 3 a share in
+    fp32. ZeRO 3 and ZeRO 1 in bf16 keep the room for them from step to step.
+    """
+    zero, several = run.parallel.zero, run.accumulated > 1
+    if zero == 3:
+        return 4 * sharded
+    if _master_apart(run):
+        return (4 + 2 * several) * own
+    if not several:
+        return 0
+    return 4 * (sharded if zero == 2 else own)
+
+
+def _bucket(run: Run, own: int) -> int:
+    """Numbers in a bucket: on a GPU it is there as a whole, on a CPU as far as it is written to."""
+    return run.parallel.bucket if run.cuda else min(own, run.parallel.bucket)
 
 
 def _reduction(run: Run, own: int, sharded: int) -> int:
-    """ZeRO 0 and BF16's ZeRO 1 flatten what they sum; the others copy it into buckets."""
-    bucket = BUCKET if run.cuda else min(own, BUCKET)
-    if run.parallel.zero == 0 or (run.parallel.zero == 1 and run.bf16):
-        return (4 if run.parallel.zero == 0 else 6) * min(own, BUCKET)
-    return run.width * bucket * (2 if run.cuda else 1) + run.width * min(own, BUCKET)
+    """Gradients when the backward pass comes to the embedding, or when they are summed, if that is more.
+
+    The embedding's are added to those of the output layer that it is tied to, and to those of the
+    micro-batches before. To be summed, ZeRO 0 and BF16's ZeRO 1 flatten them, a group that is large by itself
+    but for that, and the latter casts them. The others copy them into a bucket, of which the slices are
+    flattened once more, and keep what this rank will step: ZeRO 1 and 2 in fp32 a copy of it; ZeRO 2 in bf16
+    its share in fp32, to which slices are added that are made fp32 one by one. Of ZeRO 3's bucket a share is
+    made fp32; where the bucket is scattered, gloo copies it.
+    """
+    zero, width = run.parallel.zero, run.width
+    before = _gradients(run, own, sharded)
+    if zero == 0:
+        last = 4 * _embedding(run) * (2 if run.accumulated > 1 else 1)
+        return 4 * own + max(4 * min(own, ALL_REDUCE), last)
+    if _master_apart(run):
+        return (4 + 2) * own + (4 + 2 if own <= ALL_REDUCE else 2) * own
+    flattened = min(own, run.parallel.bucket)
+    if zero == 3:  # the bucket is one of the parts that stay
+        share = 4 * math.ceil(flattened / run.data) if run.bf16 else 0
+        return before + width * flattened + max(share, 0 if run.cuda else width * flattened)
+    overlapped = run.cuda if run.parallel.overlap == "auto" else run.parallel.overlap
+    bucket = _bucket(run, own) * (2 if overlapped else 1)
+    if zero == 2 and run.bf16:
+        return 4 * sharded + width * (bucket + flattened) + 4 * min(_largest(run), sharded)
+    kept = before if zero == 2 else 0
+    return kept + width * bucket + max(width * flattened, 4 * sharded)
 
 
 def _step(run: Run, own: int, sharded: int) -> int:
-    """A flat copy of the gradients (but ZeRO 0 and BF16's ZeRO 1), and two temporaries of a looping Adam."""
-    flat = 4 * sharded if run.parallel.zero >= 2 or (run.parallel.zero == 1 and not run.bf16) else 0
+    """The gradients; then a norm of each in fp64, or a flat copy that ZeRO 1 in fp32, 2 in fp32, and 3 make.
+
+    ZeRO 0's norm is computed here, and squares a copy.
+    """
+    zero, norm = run.parallel.zero, 8 * min(_largest(run), sharded)
+    held = 4 * sharded
+    temporary = max(norm, 4 * sharded)
+    if zero == 0:
+        held, temporary = 4 * own, 16 * _largest(run)
+    elif _master_apart(run):
+        held, temporary = (4 + 2) * own, 0
+    elif zero == 2 and run.bf16:
+        temporary = norm
     if isinstance(run.optimizer, Muon):
-        return flat + _step_of_muon(run, own)
-    if run.cuda or not moments_of(run.optimizer):
-        return flat
-    largest = _embedding(run) if run.parallel.zero == 0 else sharded
-    return flat + 2 * 4 * largest
+        temporary = max(temporary, _step_of_muon(run))
+    return held + temporary
 
 
-def _step_of_muon(run: Run, own: int) -> int:
+def _step_of_muon(run: Run) -> int:
     """What data ranks send each other, receive, and have computed; and four copies of the largest matrix."""
-    matrices, ranks = _matrices_per_rank(run), run.replicas if run.parallel.zero else 1
+    matrices, ranks = _matrices_per_rank(run), run.data if run.parallel.zero else 1
     exchanged = 3 * 4 * math.ceil(matrices / ranks) if ranks > 1 else 0
-    adam = _embedding(run) if run.parallel.zero == 0 else math.ceil((own - matrices) / ranks)
-    return max(exchanged + 4 * 4 * run.model.dim * run.model.hidden, 0 if run.cuda else 2 * 4 * adam)
+    return exchanged + 4 * 4 * run.model.dim * run.model.hidden
 
 
 def largest_micro_batch(run: Run, room: int | float) -> int:
     """The largest micro-batch that fits into `room` bytes; 0 when not even one sample does."""
+    samples = run.micro_batch * run.accumulated  # of a step: fewer at once are more micro-batches
 
     def fits(micro_batch: int) -> bool:
-        return memory(replace(run, micro_batch=micro_batch)).peak <= room
+        accumulated = math.ceil(samples / micro_batch)
+        return memory(replace(run, micro_batch=micro_batch, accumulated=accumulated)).peak <= room
 
     if not fits(1):
         return 0

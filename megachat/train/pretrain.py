@@ -7,8 +7,10 @@ accident. Validation is in bits per byte, which no tokenizer can flatter.
 
 import hashlib
 import math
+import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar, Literal
 
@@ -36,11 +38,20 @@ from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import Work
-from megachat.parallel.sequence import check_rows
 from megachat.parallel.tensor import check_fits
+from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.feed import Fed, fed
-from megachat.train.forecast import Job
-from megachat.train.loop import STAYS, Batch, Losses, Running, check_shards, mapped, micro_batches, parts
+from megachat.train.forecast import (
+    Encoded,
+    Finding,
+    Job,
+    check_corpus,
+    check_memory,
+    check_tokens,
+    check_vocabulary,
+    room_here,
+)
+from megachat.train.loop import Batch, Losses, Running, check_shards, mapped, micro_batches, parts
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Tokens(Batch):
 
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
-    documents: Int[Tensor, "batch seq"] = field(metadata=STAYS)
+    documents: Int[Tensor, "batch seq"]
 
 
 @dataclass
@@ -66,7 +77,6 @@ class Pretrain(Fed):
     """Predict the next token of every document."""
 
     name: ClassVar[str] = "pretrain"
-    shares_rows: ClassVar[bool] = True
 
     model: GPTConfig
     """The shape of the model."""
@@ -100,7 +110,6 @@ class Pretrain(Fed):
                 f"context ({self.context}) is longer than the model's (model.context={self.model.context})"
             )
         check_fits(self.model, self.parallel.tensor)
-        check_rows(self.model, self.parallel.sequence, self.context)
         return self
 
     neutral: ClassVar[tuple[str, ...]] = (*Fed.neutral, "on_changed_data", "verify_shards")
@@ -108,6 +117,34 @@ class Pretrain(Fed):
     def reads(self) -> list[str]:
         """The tokenizer and the shards."""
         return ["tokenizer", "encode"]
+
+    def foresee(self, run: Running) -> None:
+        """By arithmetic: whether the corpus and the vocabulary are right, and the memory suffices.
+
+        What `megachat doctor` calls a problem ends the run, all that is wrong at once; a warning is said.
+        """
+        mesh = run.mesh
+        job = self.job(run.tokenizer.vocab, mesh.world, self.parallel.bf16, mesh.device.type == "cuda")
+        host = socket.gethostname()
+        room, where = room_here(Counter(mesh.gather(host))[host])
+        room = min(mesh.each(room))
+        found = mesh.lead(lambda: [check_memory(job, room, where), *self._data(job, run.tokenizer)])
+        for finding in found:
+            if finding.level == "warning":
+                say(f"{self.name}: WARNING: {finding}")
+        wrong = [str(finding) for finding in found if finding.level == "problem"]
+        if wrong:
+            remedy = "`megachat doctor` with the same settings says more; preflight=false goes on regardless"
+            raise ValueError("\n".join([*wrong, remedy]))
+
+    def _data(self, job: Job, tokenizer: Tokenizer) -> list[Finding]:
+        """Of the manifest alone."""
+        encoded = Encoded.read(self.input("encode"), self.mixture)
+        found = [check_vocabulary(job), *check_corpus(encoded, tokenizer.vocab, tokenizer.sha256)]
+        budget = self.budget(encoded.tokens)
+        if budget is not None and encoded.tokens:
+            found += [one for one in check_tokens(job, budget, encoded.tokens) if one.about == "corpus"]
+        return found
 
     def models(self, run: Running) -> dict[str, nn.Module]:
         """A fresh model."""

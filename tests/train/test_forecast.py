@@ -15,6 +15,7 @@ from megachat.train.forecast import (
     check_rate,
     check_tensor,
     check_tokens,
+    check_vocabulary,
     device_memory,
     short,
     size,
@@ -48,6 +49,19 @@ def test_a_model_that_does_not_fit_names_the_micro_batch_that_does() -> None:
     assert found.level == "problem"
     fits = int(found.remedy.split()[0].partition("=")[2])
     assert check_memory(job(micro_batch=fits), 80 * GB, "H100").level == "ok"
+
+
+def test_what_is_a_tenth_too_much_may_fit_and_more_does_not() -> None:
+    needed = job().memory.peak
+    levels = [check_memory(job(), needed * share, "H100").level for share in (1.0, 0.92, 0.9)]
+    assert levels == ["ok", "warning", "problem"]
+
+
+def test_a_vocabulary_that_is_most_of_a_model_is_a_warning() -> None:
+    # gpt_3m: 2,205,760 weights in its blocks and norm; 65,536 x 320 are 90 % of all, 4,096 x 320 are 37 %.
+    found = check_vocabulary(job("model=gpt_3m"))
+    assert (found.level, "90 % of the" in found.text.replace("%", " %")) == ("warning", True)
+    assert check_vocabulary(job("model=gpt_3m", vocab=4096)).level == "ok"
 
 
 def test_a_7b_model_on_a_card_of_24_gb_is_told_to_shard_more() -> None:
@@ -112,12 +126,6 @@ def test_tensor_parallel_ranks_belong_on_one_node() -> None:
     found = check_tensor(job(parallel=eight, ranks=12), 8)
     assert found is not None
     assert found.level == "problem"
-    rows = job().parallel.model_copy(update={"sequence": 8})
-    assert job(parallel=rows, ranks=64).data == 8
-    assert check_tensor(job(parallel=rows, ranks=64), 8) is None
-    found = check_tensor(job(parallel=rows, ranks=12), 8)
-    assert found is not None
-    assert found.text == "parallel.sequence=8 does not divide 12 ranks"
 
 
 @pytest.mark.parametrize(

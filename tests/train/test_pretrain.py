@@ -5,13 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megachat.config import compose
 from megachat.data.document import Document, read_documents, write_documents
 from megachat.data.loader import Window
+from megachat.model.gpt import GPTConfig
 from megachat.model.size import Work
+from megachat.parallel.mesh import Mesh
 from megachat.run import Stage, perform
-from megachat.train.pretrain import _collate
+from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train import forecast
+from megachat.train.loop import Progress, Running
+from megachat.train.pretrain import Pretrain, _collate
 from tests.spawn import on_ranks
 from tests.tiny_model import finish
 from tests.tiny_run import make, pretrain, rows
@@ -96,7 +102,7 @@ def packed(run: Path) -> None:
 
 @on_ranks(1)
 def refused(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"encode was encoded with tokenizer .*, but this run's is"):
+    with pytest.raises(ValueError, match=r"encode was encoded with another tokenizer"):
         perform(pretrain(run))
 
 
@@ -111,3 +117,63 @@ def test_the_work_of_a_row_is_that_of_its_documents_without_padding() -> None:
     work = _collate([row, Window(np.arange(9), [0, 9])]).work
     # Documents of 3, 4 and 8 tokens; no label comes from another document, or from padding.
     assert work == Work(tokens=3 + 4 + 8, pairs=6 + 10 + 36, logits=2 + 3 + 8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("foresee") / "runs" / "made")
+
+
+def foresee(run: Path, *overrides: str) -> None:
+    """What a run of one rank is told before it loads anything."""
+    task = pretrain(run, *overrides)
+    assert isinstance(task, Pretrain)
+    tokenizer = Tokenizer.load(task.input("tokenizer"))
+    task.foresee(Running(Mesh(0, 1, 1, torch.device("cpu"), None, None), tokenizer, Progress()))
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_with_the_remedy(made: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)GiB a rank.* micro_batch=1 fits: try .*preflight=false"):
+        foresee(made, "model.layers=2000", "model.hidden=1048576")
+
+
+@on_ranks(1)
+def on_a_small_machine(run: Path, inputs: Path, preflight: bool) -> None:
+    forecast.memory_here = lambda: 2**20
+    build = GPTConfig.build
+
+    def fails(*_: object) -> None:
+        raise AssertionError("the model was built")
+
+    GPTConfig.build = fails if preflight else build  # type: ignore[assignment,method-assign]
+    try:
+        perform(pretrain(run, f"inputs={inputs}", "max_steps=1", f"preflight={preflight}"))
+    except ValueError as error:
+        assert "of the memory that is free here" in str(error)  # noqa: PT017
+        assert preflight
+        return
+    assert not preflight
+
+
+def test_it_is_refused_before_it_is_built_and_regardless_without_preflight(
+    made: Path, tmp_path: Path
+) -> None:
+    for preflight in (True, False):
+        on_a_small_machine(run=tmp_path / str(preflight), inputs=made, preflight=preflight)
+    assert rows(tmp_path / "False")[-1]["step"] == 1
+
+
+def test_text_that_is_read_too_often_is_a_warning_and_other_words_end_the_run(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foresee(made)
+    assert "WARNING" not in capsys.readouterr().err
+    foresee(made, "tokens=3000000")
+    assert "pretrain: WARNING: corpus: " in capsys.readouterr().err
+    other = tmp_path / "runs" / "other"
+    shutil.copytree(made, other)
+    perform(Stage.of(compose("tokenizer", [f"run={other}", "vocab=301", "threads=1", "log.wandb=disabled"])))
+    with pytest.raises(
+        ValueError, match=r"was encoded with another tokenizer .* are no words of the model's 301"
+    ):
+        foresee(other)
