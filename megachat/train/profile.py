@@ -128,10 +128,11 @@ def advice(facts: Facts) -> list[str]:
          "checkpoint_background=true."),
         (facts.share("validation"), 0.1, "Validation takes {}: raise validation_interval."),
         (facts.share("rollout"), 0.5, "Writing answers takes {}: raise at_once as far as memory goes."),
-        (use.idle if use else 0.0, 0.15, "The GPU has nothing to do for {} of the time: Python cannot start "
-         "kernels that small fast enough; raise micro_batch, or set parallel.compile=true."),
-        (facts.outside, 0.15, "Python between two operators takes {}: raise micro_batch, so that each does "
-         "more."),
+        (use.idle if use else 0.0, 0.15, "The GPU has nothing to do for {} of the time, tracing included: "
+         "Python cannot start kernels that small fast enough; raise micro_batch, or set "
+         "parallel.compile=true."),
+        (facts.outside, 0.15, "Python between two operators takes {}, tracing included: raise micro_batch, "
+         "so that each does more."),
     ]  # fmt: skip
     told = [
         sentence.format(f"{share:.0%}")

@@ -61,7 +61,7 @@ def test_advice_follows_from_the_largest_shares() -> None:
     assert "raise prefetch" in advice(hungry)[2]
     starved = replace(FACTS, use=Use(0.5, 0.05, 0.05), memory=30.0, room=80.0)
     assert [sentence.split(":")[0] for sentence in advice(starved)] == [
-        "The GPU has nothing to do for 40% of the time",
+        "The GPU has nothing to do for 40% of the time, tracing included",
         "Peak memory is 30.0 of 80.0 GiB",
     ]
     assert len(advice(replace(hungry, use=starved.use))) == 3
