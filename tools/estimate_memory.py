@@ -126,7 +126,7 @@ def steps(task: Doctor, job: Job) -> int:
     """Takes some steps as one rank, as the loop does; returns the bytes it needed at its peak."""
     for name in PRELOAD[1:]:
         import_module(name)
-    mesh = start(task.parallel.tensor)
+    mesh = start(task.parallel.tensor, sequence=task.parallel.sequence)
     before = resident("VmRSS")
     torch.manual_seed(0)
     model = task.model.build(job.vocab).to(mesh.device)

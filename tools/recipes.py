@@ -59,6 +59,7 @@ class Recipe:
         return Layout(
             run.parallel.zero, self.job.data, run.parallel.tensor, one.accumulated, one.micro_batch,
             run.context, bf16=True, checkpointing=run.parallel.checkpointing != "none",
+            sequence=run.parallel.sequence,
         )  # fmt: skip
 
     @property

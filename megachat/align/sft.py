@@ -7,7 +7,7 @@ what its tokens cost and its loss is that of its conversations one by one.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ from megachat.model.size import Work
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
 from megachat.train.feed import Fed, fed
-from megachat.train.loop import Batch, Losses, Running, check_shards, measured, micro_batches
+from megachat.train.loop import STAYS, Batch, Losses, Running, check_shards, measured, micro_batches
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Said(Batch):
 
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
-    documents: Int[Tensor, "batch seq"]
+    documents: Int[Tensor, "batch seq"] = field(metadata=STAYS)
 
 
 Set = tuple[Sequence[Rendered], list[int]]

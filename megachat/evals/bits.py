@@ -34,7 +34,7 @@ def bits_per_byte(
     for start in track(starts, what, len(starts), "batch"):
         rows = windows[start : start + batch]
         tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64)).to(device)
-        documents = torch.from_numpy(documents_of(rows)).to(device)
+        documents = torch.from_numpy(documents_of(rows))
         labels = tokens[:, 1:]
         nats = model(tokens[:, :-1], documents[:, :-1], labels=labels, each=True)  # batch seq
         weights = lengths[labels]

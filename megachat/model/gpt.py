@@ -22,6 +22,7 @@ from megachat.config import Config
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.layers import MLP, VARLEN, Attention, Cache, Past, Rope, Spans
 from megachat.model.precision import dtype_of_products
+from megachat.model.rows import Stretch
 from megachat.model.vocabulary import Embedding, Output, output
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -100,7 +101,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq dim"],
         rope: Rope,
-        mask: Bool[Tensor, "rows 1 seq past"] | Spans | None = None,
+        mask: Bool[Tensor, "rows 1 queries past"] | Spans | None = None,
         past: Past | None = None,
         start: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
@@ -158,6 +159,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.vocab = vocab
+        self.stretch: Stretch | None = None
+        """Which tokens of each row are here; None: all."""
         self.embed = Embedding(vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -176,9 +179,15 @@ class GPT(nn.Module):
 
         With a cache, after the last alone; with `where`, after those that it marks, row by row. With `labels`
         not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`; with `each`,
-        which has no gradient, its terms.
+        which has no gradient, its terms. Where ranks share rows, all give and get them whole.
         """
+        stretch = None if cache is not None else self.stretch
+        assert stretch is None or (labels is not None and where is None), (
+            "rows are shared for their loss only"
+        )
         x = self.hidden(tokens, documents, cache)
+        if stretch is not None and labels is not None:
+            labels = stretch.own(labels)
         if cache is not None:
             x = x[:, -1:]
         if where is not None:
@@ -190,6 +199,8 @@ class GPT(nn.Module):
             y = output(x, self.embed.weight, labels, each, self.embed.share)
         else:
             y = self.head(x, labels, each)
+        if stretch is not None:
+            return stretch.join(y) if each else stretch.sum(y)
         return y if where is None or y.ndim == 0 else y[:count]
 
     def hidden(
@@ -197,8 +208,8 @@ class GPT(nn.Module):
         tokens: Int[Tensor, "batch seq"],
         documents: Int[Tensor, "batch seq"] | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "batch seq dim"]:
-        """The normalised states that `forward` reads logits from.
+    ) -> Float[Tensor, "batch here dim"]:
+        """The normalised states that `forward` reads logits from; where ranks share rows, of the tokens here.
 
         With `documents`, a token sees only its own document. Positions are relative, so they run on. They
         are best left on the CPU: they are turned there into what a GPU's kernel wants, without waiting.
@@ -211,12 +222,15 @@ class GPT(nn.Module):
                 "shorten it (prompt plus max_new_tokens), or use a model with a longer context"
             )
         now = cache or Cache(needed)
+        seq, first = tokens.shape[1], now.length
+        if cache is None and self.stretch is not None:
+            first, tokens = self.stretch.start(seq), self.stretch.own(tokens)
         x = self.embed(tokens)
-        positions = torch.arange(now.length, now.length + tokens.shape[1], device=tokens.device)
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         rope = Rope.at(positions, self.config.head_dim, self.config.rope_base, x.dtype)
         mask: Tensor | Spans | None
         if documents is None:
-            mask = now.mask(tokens.shape[1], tokens.device)
+            mask = now.mask(seq, tokens.device)
         elif documents.device.type == "cpu" and Spans.fit(x.device, dtype_of_products(x)):
             mask = Spans.of(documents, x.device)
         else:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from megachat.model.attention import attend
 from megachat.model.precision import as_multiplied
+from megachat.model.rows import Stretch
 
 try:  # torch 2.9 has none, and the first ones shared no heads
     from torch.nn.attention.varlen import varlen_attn
@@ -149,6 +150,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.stretch: Stretch | None = None
+        """Which tokens of each row are here; None: all."""
         self.group = heads // kv_heads
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
@@ -161,7 +164,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch seq dim"],
         rope: Rope,
-        mask: Bool[Tensor, "rows 1 seq past"] | Spans | None = None,
+        mask: Bool[Tensor, "rows 1 queries past"] | Spans | None = None,
         past: Past | None = None,
         start: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
@@ -169,6 +172,23 @@ class Attention(nn.Module):
         # -1, not a number of heads: under tensor parallelism this rank holds only its own share of them.
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (self.q(x), self.k(x), self.v(x)))
         q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
+        if self.stretch is not None and past is None:
+            y = self.stretch.attend(self._gather, q, k, v, mask)
+        else:
+            y = self._gather(q, k, v, mask, past, start)
+        gathered: Tensor = self.out(y.flatten(-2))
+        return gathered
+
+    def _gather(
+        self,
+        q: Float[Tensor, "batch seq heads head_dim"],
+        k: Float[Tensor, "batch seq kv_heads head_dim"],
+        v: Float[Tensor, "batch seq kv_heads head_dim"],
+        mask: Tensor | Spans | None,
+        past: Past | None = None,
+        start: int = 0,
+    ) -> Float[Tensor, "batch seq heads head_dim"]:
+        """Over whole rows, of the heads that are here."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # batch heads seq head_dim
         # Fewer query heads per key head would pair heads that were not trained together, without a word.
         assert q.shape[1] == self.group * k.shape[1], f"{q.shape[1]} query heads for {k.shape[1]} key heads"
@@ -178,8 +198,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask)
         else:
             y = self._attend(q, k, v, mask, past, start)
-        gathered: Tensor = self.out(y.transpose(1, 2).flatten(-2))
-        return gathered
+        return y.transpose(1, 2)
 
     def _attend_within(
         self, q: Tensor, k: Tensor, v: Tensor, spans: Spans

@@ -32,6 +32,7 @@ from megachat.model.gpt import Block, Checkpointing
 from megachat.parallel.fp8 import use_fp8
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.muon import Groups, Muon, Piece, owners
+from megachat.parallel.sequence import share_rows
 from megachat.parallel.tensor import cut_vocabulary, part_of, partition_config, split_axis, whole
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -41,6 +42,7 @@ import deepspeed
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -76,6 +78,9 @@ class Parallel(Config):
     (Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054)."""
     tensor: PositiveInt
     """Tensor-parallel degree: how many neighbouring ranks share one copy of the model's matrices."""
+    sequence: PositiveInt
+    """Sequence-parallel degree: how many neighbouring ranks share the tokens of each row (DeepSpeed-Ulysses,
+    https://arxiv.org/abs/2309.14509). It divides `model.kv_heads` and `context`; not with `tensor`."""
     precision: Literal["auto", "bf16", "fp32"]
     """`bf16` keeps fp32 master weights; `auto` is bf16 where the hardware has it, else fp32."""
     checkpointing: Checkpointing
@@ -112,6 +117,15 @@ class Parallel(Config):
             )
         if self.fp8 != "none" and self.precision == "fp32":
             raise ValueError(f"fp8={self.fp8} casts from bf16; set precision=bf16, not fp32")
+        if self.tensor > 1 and self.sequence > 1:
+            raise ValueError(
+                f"tensor={self.tensor} and sequence={self.sequence} do not go together; set one of them to 1"
+            )
+        if self.compile is True and self.sequence > 1:
+            raise ValueError(
+                f"compile=true and sequence={self.sequence} do not go together: what ranks exchange within "
+                "blocks has no gradient when it is compiled; set compile=auto"
+            )
         return self
 
     def compiled(self, device: torch.device) -> bool:
@@ -119,7 +133,12 @@ class Parallel(Config):
         if self.compile != "auto":
             return self.compile
         able = find_spec("triton") is not None and any(map(which, ("cc", "gcc", "clang")))
-        return device.type == "cuda" and self.tensor == 1 and able
+        return device.type == "cuda" and self.together == 1 and able
+
+    @property
+    def together(self) -> int:
+        """How many ranks share a model or a row: the others read other data."""
+        return self.tensor * self.sequence
 
     @property
     def bf16(self) -> bool:
@@ -179,6 +198,7 @@ class Engine:
         }
         plan = getattr(model, "tensor_plan", {})
         cut_vocabulary(model, plan, mesh)
+        share_rows(model, mesh, partial(DistributedAttention, scatter_idx=2, gather_idx=1))
         with _quiet():
             self._prepare_blocks([module for module in model.modules() if isinstance(module, Block)])
             self._engine, *_ = deepspeed.initialize(
@@ -271,10 +291,11 @@ class Engine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradient of `loss`, summed over the data ranks. `last`: a step follows.
 
-        DeepSpeed averages over data ranks, so the caller's sum is scaled up by their number.
+        DeepSpeed averages over data ranks, and over those that share rows, of whose loss each has computed a
+        part, so the caller's sum is scaled up by their number.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.mesh.data, scale_wrt_gas=False)
+        self._engine.backward(loss * self.mesh.replicas, scale_wrt_gas=False)
         if not last:
             self._engine.step()  # counts the micro-batch, changes nothing
 
@@ -448,7 +469,7 @@ class Engine:
         if self.parallel.zero == 0:
             value = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
             return value.detach().float()
-        if self.parallel.zero < 3 and self.mesh.data == 1:  # this rank has all of it: nothing to gather
+        if self.parallel.zero < 3 and self.mesh.replicas == 1:  # this rank has all of it: nothing to gather
             part = parameter._hp_mapping.get_hp_fragment(moment).view_as(parameter).detach()
             return part.to(self.mesh.device)
         if moment is None:
@@ -503,9 +524,9 @@ class Engine:
         ]
         own = torch.tensor([count for *_, count in found], device=self.mesh.device)
         table = [own]
-        if self.parallel.zero and self.mesh.data > 1:
-            table = [torch.empty_like(own) for _ in range(self.mesh.data)]
-            dist.all_gather(table, own, group=self.mesh.data_group)
+        if self.parallel.zero and self.mesh.replicas > 1:
+            table = [torch.empty_like(own) for _ in range(self.mesh.replicas)]
+            dist.all_gather(table, own, group=self.mesh.replica_group)
         counts: list[list[int]] = torch.stack(table).T.tolist()
         pieces: dict[Tensor, list[Piece]] = {}
         for (flat, parameter, start, _), held, owner in zip(found, counts, owners(counts), strict=True):

@@ -1,8 +1,8 @@
-"""Which process am I? Ranks on a data x tensor grid, started by plain python, torchrun, or srun.
+"""Which process am I? Ranks on a data x sequence x tensor grid, started by plain python, torchrun, or srun.
 
-Tensor-parallel ranks are neighbours (rank = data_rank * tensor + tensor_rank), so that they share a machine's
-fast links. A process started without `RANK` and outside Slurm makes one rank for each visible GPU; on a CPU,
-one in all.
+Ranks that share a model or a row are neighbours (rank = (data_rank * sequence + sequence_rank) * tensor +
+tensor_rank), so that they share a machine's fast links. A process started without `RANK` and outside Slurm
+makes one rank for each visible GPU; on a CPU, one in all.
 """
 
 import atexit
@@ -216,25 +216,44 @@ def passing_on_signals(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place on the data x tensor grid, and the few collectives the rest of the code needs."""
+    """This process's place on the data x sequence x tensor grid, and the few collectives that the rest of the
+    code needs."""
 
     rank: int
     world: int
     tensor: int
     device: torch.device
     data_group: Any
-    """Ranks that hold the same slice of the model and read different data."""
+    """Ranks that hold the same slice of the model and read the same place of different rows."""
     tensor_group: Any
     """Ranks that hold different slices of the model and read the same data."""
+    sequence: int = 1
+    sequence_group: Any = None
+    """Ranks that hold the same slice of the model and read different tokens of the same rows."""
+    replica_group: Any = None
+    """Ranks that hold the same slice of the model, over which ZeRO shards it."""
 
     @property
     def data(self) -> int:
         """How many data-parallel ranks there are."""
-        return self.world // self.tensor
+        return self.world // (self.tensor * self.sequence)
 
     @property
     def data_rank(self) -> int:
+        return self.rank // (self.tensor * self.sequence)
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same slice of the model."""
+        return self.world // self.tensor
+
+    @property
+    def replica_rank(self) -> int:
         return self.rank // self.tensor
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.replica_rank % self.sequence
 
     @property
     def tensor_rank(self) -> int:
@@ -468,14 +487,15 @@ def place(rank: int) -> str:
     return str(dist.PrefixStore(_attempt(), _meeting.store).get(f"came/{rank}").decode())
 
 
-def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) -> Mesh:
+def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None, sequence: int = 1) -> Mesh:
     """Joins the process group and returns this rank's place. A process stays in the mesh it first joined.
 
     All ranks must come within `patience` seconds, 0 for TIMEOUT; `timeout` is how long a collective may take.
     """
     global _current, _meeting
     if _current is not None:
-        assert _current.tensor == tensor, "one process cannot change its tensor-parallel degree"
+        now = (_current.tensor, _current.sequence)
+        assert now == (tensor, sequence), "one process cannot change who shares its model and its rows"
         return _current
     adopt_slurm()
     os.environ.setdefault("RANK", "0")
@@ -485,8 +505,8 @@ def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) 
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    assert world % tensor == 0, (
-        f"tensor={tensor} does not divide {world} processes"
+    assert world % (tensor * sequence) == 0, (
+        f"tensor={tensor} x sequence={sequence} does not divide {world} processes"
     )  # the config door has checked
     if torch.cuda.is_available():
         must_have_all(torch.cuda.device_count())
@@ -505,16 +525,21 @@ def start(tensor: int, patience: float = 0.0, timeout: timedelta | None = None) 
             store = dist.PrefixStore(f"{_attempt()}/group", _meeting.store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout or TIMEOUT)
         atexit.register(_leave)
-    data_group = tensor_group = None
-    for t in range(tensor):
-        ranks = list(range(t, world, tensor))
-        group = dist.new_group(ranks, timeout=timeout or TIMEOUT)
-        data_group = group if rank in ranks else data_group
-    for first in range(0, world, tensor):
-        ranks = list(range(first, first + tensor))
-        group = dist.new_group(ranks, timeout=timeout or TIMEOUT)
-        tensor_group = group if rank in ranks else tensor_group
-    _current = Mesh(rank, world, tensor, device, data_group, tensor_group)
+    together = tensor * sequence
+    replica_group = _group([range(t, world, tensor) for t in range(tensor)], rank, timeout)
+    data_group = replica_group
+    if sequence > 1:
+        data_group = _group([range(t, world, together) for t in range(together)], rank, timeout)
+    groups = [range(first, first + tensor) for first in range(0, world, tensor)]
+    tensor_group = _group(groups, rank, timeout)
+    sequence_group = None
+    if sequence > 1:
+        starts = [first + t for first in range(0, world, together) for t in range(tensor)]
+        groups = [range(first, first + together, tensor) for first in starts]
+        sequence_group = _group(groups, rank, timeout)
+    _current = Mesh(
+        rank, world, tensor, device, data_group, tensor_group, sequence, sequence_group, replica_group
+    )
     return _current
 
 
@@ -527,6 +552,12 @@ def _leave() -> None:
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
         leaving.start()
         leaving.join(5.0)  # after an error it may wait for a rank that is gone
+
+
+def _group(groups: Sequence[range], rank: int, timeout: timedelta | None) -> Any:
+    """Makes a group of each of these ranks, which all must call; returns that of `rank`."""
+    made = [dist.new_group(list(ranks), timeout=timeout or TIMEOUT) for ranks in groups]
+    return next(group for group, ranks in zip(made, groups, strict=True) if rank in ranks)
 
 
 def be_patient(timeout: timedelta) -> None:

@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
             part.copy_(self._step_of(part, piece, self._mesh))
 
     def _exchange(self, pieces: Sequence[Piece], update: Tensor, mesh: Mesh) -> None:
-        me, ranks = mesh.data_rank, range(mesh.data)
+        me, ranks = mesh.replica_rank, range(mesh.replicas)
         held = [update[piece.start : piece.start + piece.counts[me]] for piece in pieces]
         of = [[index for index, piece in enumerate(pieces) if piece.owner == rank] for rank in ranks]
         owned = [pieces[index] for index in of[me]]
@@ -195,5 +195,5 @@ def _all_to_all(
     """
     sizes = [sum(counts) for counts in incoming]
     came = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(came, sent, sizes, [sum(counts) for counts in outgoing], group=mesh.data_group)
+    dist.all_to_all_single(came, sent, sizes, [sum(counts) for counts in outgoing], group=mesh.replica_group)
     return [part.split(list(counts)) for part, counts in zip(came.split(sizes), incoming, strict=True)]

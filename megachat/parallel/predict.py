@@ -5,8 +5,8 @@ n ranks moves (n - 1) / n of a tensor at the speed of its slowest link (Patarasu
 https://doi.org/10.1016/j.jpdc.2008.09.002); a group of several GPUs on each node uses the adapters of all of
 them. What DeepSpeed 0.19.8 does while the products go on is hidden behind them, for nothing and up to their
 time: the sums of ZeRO 2 behind the backward pass, all of ZeRO 3 behind both. Waited for in full are the sums
-of tensor parallelism, in the middle of every block; those of ZeRO 0 and 1, which come after the last backward
-pass; and the weights that ZeRO 1 and 2 gather after the step.
+of tensor parallelism, or what ranks that share rows exchange, in the middle of every block; those of ZeRO 0
+and 1, which come after the last backward pass; and the weights that ZeRO 1 and 2 gather after the step.
 
 Left out are the optimizer's own arithmetic, the loader, checkpoints, stragglers and failures
 (`tools/bench/effective.py` has the last two).
@@ -65,7 +65,7 @@ class Step:
     products: float
     """Of the model, with all that is computed again."""
     tensor: float
-    """Waiting for tensor-parallel ranks."""
+    """Waiting for ranks that share a model or a row."""
     data: float
     """Waiting for data-parallel ranks, but for what is hidden."""
     hidden: float
@@ -86,7 +86,7 @@ def step(config: GPTConfig, vocab: int, layout: Layout, cluster: Cluster) -> Ste
     tensor = data = hidden = 0.0
     for sent in volume(config, vocab, layout):
         seconds = wait(sent, layout, cluster)
-        if sent.axis == "tensor":
+        if sent.axis != "data":
             tensor += seconds
         elif layout.zero == 3 or (layout.zero == 2 and sent.what == "gradients"):
             hidden += seconds
@@ -112,8 +112,8 @@ def efficiency(dim: int, cluster: Cluster) -> float:
 
 def wait(sent: Sent, layout: Layout, cluster: Cluster) -> float:
     """Seconds that collectives take if nothing else goes on."""
-    # Tensor ranks are neighbours; the ranks of a data group are `tensor` apart.
-    stride = 1 if sent.axis == "tensor" else layout.tensor
+    # Ranks that share a model or a row are neighbours; those with the same weights are `tensor` apart.
+    stride = layout.tensor if sent.axis == "data" else 1
     together = max(1, min(sent.ranks, cluster.per_node // stride))
     nodes = math.ceil(sent.ranks / together)
     speed = cluster.within if nodes == 1 else min(cluster.within, together * cluster.between)
@@ -125,7 +125,7 @@ def wait(sent: Sent, layout: Layout, cluster: Cluster) -> float:
 
 def _flops(config: GPTConfig, vocab: int, layout: Layout) -> float:
     """Of one GPU in one micro-batch: its share of the blocks and of the output layer."""
-    tokens = layout.micro_batch * layout.seq
+    tokens = layout.micro_batch * layout.seq / layout.sequence
     work = Work(tokens, tokens * layout.seq / 2, tokens)  # as `flops_per_token` counts pairs
     blocks = Flops(config, 0, 3, "blocks" if layout.checkpointing else "none").of_hardware(work)
     return (blocks + 6 * vocab * config.dim * work.logits) / layout.tensor

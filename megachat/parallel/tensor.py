@@ -81,7 +81,7 @@ class Words:
 
     def sum(self, part: Tensor) -> Tensor:
         """Over the tensor ranks."""
-        total: Tensor = _Sum.apply(part, self.mesh.tensor_group)
+        total: Tensor = Sum.apply(part, self.mesh.tensor_group)
         return total
 
     def copy(self, x: Tensor) -> Tensor:
@@ -101,7 +101,9 @@ class Words:
         return torch.stack(parts)
 
 
-class _Sum(torch.autograd.Function):
+class Sum(torch.autograd.Function):
+    """Of what each rank has, the same on all; its gradient goes to each of them."""
+
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)

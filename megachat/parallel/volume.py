@@ -27,7 +27,7 @@ from megachat.model.cross_entropy import rows_at_once
 from megachat.model.gpt import GPT, GPTConfig
 from megachat.model.size import parameters
 
-Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
 
 LIVE = 10**9
 """Parameters that ZeRO 3 keeps gathered for another use soon (DeepSpeed's `stage3_max_live_parameters` and
@@ -54,11 +54,13 @@ class Layout:
     bf16: bool
     checkpointing: bool
     """Whether whole blocks are computed again in the backward pass."""
+    sequence: int = 1
+    """Ranks that share each row."""
 
     @property
     def gpus(self) -> int:
         """All of them."""
-        return self.data * self.tensor
+        return self.data * self.sequence * self.tensor
 
     @property
     def tokens(self) -> int:
@@ -71,13 +73,14 @@ class Sent:
     """The collectives of one kind and purpose in one optimizer step, as one rank takes part in them."""
 
     what: str
-    axis: Literal["data", "tensor"]
+    axis: Literal["data", "sequence", "tensor"]
     kind: Kind
     ranks: int
     calls: float
     """How many there are: of what is put into buckets, how many buckets."""
     payload: int
-    """Bytes of the whole tensors, before they are cut and after they are gathered, over all calls."""
+    """Bytes of the whole tensors, before they are cut and after they are gathered, over all calls; of an
+    all-to-all, of what one rank has."""
 
     @property
     def wire(self) -> float:
@@ -96,7 +99,8 @@ def held(config: GPTConfig, vocab: int, tensor: int) -> int:
 
 def volume(config: GPTConfig, vocab: int, layout: Layout, live: int = LIVE) -> list[Sent]:
     """Everything that one rank takes part in during one optimizer step."""
-    found = [*_tensor_volume(config, vocab, layout), *_data_volume(config, vocab, layout, live)]
+    ends = [*_tensor_volume(config, vocab, layout), *_sequence_volume(config, layout)]
+    found = [*ends, *_data_volume(config, vocab, layout, live)]
     return [sent for sent in found if sent.ranks > 1 and sent.payload]
 
 
@@ -126,15 +130,26 @@ def _tensor_volume(config: GPTConfig, vocab: int, layout: Layout) -> list[Sent]:
     ]  # fmt: skip
 
 
+def _sequence_volume(config: GPTConfig, layout: Layout) -> list[Sent]:
+    """Queries, keys, values and what was gathered: tokens for heads in each block, and back again."""
+    times = layout.micro_batches * config.layers * (3 if layout.checkpointing else 2)
+    size = 2 if layout.bf16 else 4
+    turned = 4 if layout.bf16 and not layout.zero else size  # rotated by angles of the embedding's dtype
+    heads = (config.heads + config.kv_heads) * config.head_dim
+    elements = layout.micro_batch * layout.seq // layout.sequence * heads
+    exchanged = times * (turned + size) * elements
+    return [Sent("heads", "sequence", "all_to_all", layout.sequence, 4.0 * times, exchanged)]
+
+
 def _data_volume(config: GPTConfig, vocab: int, layout: Layout, live: int) -> list[Sent]:
     """Gradients, and the weights that other ranks have updated or hold."""
     zero, micro_batches = layout.zero, layout.micro_batches
     size = 2 if layout.bf16 and zero else 4
-    own = held(config, vocab, layout.tensor)
+    own, replicas = held(config, vocab, layout.tensor), layout.data * layout.sequence
 
     def sent(what: str, kind: Kind, elements: int, times: int, bucket: float = BUCKET) -> Sent:
         calls = times * max(1.0, elements / bucket)
-        return Sent(what, "data", kind, layout.data, calls, times * size * elements)
+        return Sent(what, "data", kind, replicas, calls, times * size * elements)
 
     gradients: Kind = "reduce_scatter" if zero == 3 else "all_reduce"
     found = [sent("gradients", gradients, own, micro_batches if zero >= 2 else 1)]

@@ -89,7 +89,7 @@ class Job:
     @property
     def data(self) -> int:
         """Data-parallel ranks."""
-        return max(1, self.ranks // self.parallel.tensor)
+        return max(1, self.ranks // self.parallel.together)
 
     @property
     def parameters(self) -> int:
@@ -347,14 +347,16 @@ def check_rate(job: Job) -> Finding:
 
 
 def check_tensor(job: Job, per_node: int) -> Finding | None:
-    """Tensor-parallel ranks talk in every layer, so they should share a node."""
-    tensor = job.parallel.tensor
-    if job.ranks % tensor:
-        text = f"parallel.tensor={tensor} does not divide {job.ranks} ranks"
-        return Finding("problem", "layout", text, "choose a multiple of it for the number of GPUs")
-    if tensor > per_node:
-        text = f"parallel.tensor={tensor} spans nodes of {per_node} GPUs: every layer waits for the network"
-        return Finding("warning", "layout", text, f"parallel.tensor={per_node} and a higher ZeRO stage")
+    """Ranks that share a model or rows talk in every layer, so they should share a node."""
+    for name, degree in (("tensor", job.parallel.tensor), ("sequence", job.parallel.sequence)):
+        if job.ranks % degree:
+            text = f"parallel.{name}={degree} does not divide {job.ranks} ranks"
+            return Finding("problem", "layout", text, "choose a multiple of it for the number of GPUs")
+        if degree > per_node:
+            text = (
+                f"parallel.{name}={degree} spans nodes of {per_node} GPUs: every layer waits for the network"
+            )
+            return Finding("warning", "layout", text, f"parallel.{name}={per_node} and a higher ZeRO stage")
     return None
 
 

@@ -169,7 +169,7 @@ def compare(engines: Mapping[str, Engine], mesh: Mesh, since: int) -> None:
     cut = torch.tensor([cut for _, cut in sums.values()], device=own.device)
     # The largest sum and the smallest, in one collective: equal when all are.
     ends = torch.stack([own, -own])
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=mesh.data_group)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=mesh.replica_group)
     if mesh.tensor > 1:
         across = torch.where(cut, torch.stack([own, -own]), ends)
         dist.all_reduce(across, op=dist.ReduceOp.MAX, group=mesh.tensor_group)

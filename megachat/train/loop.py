@@ -104,13 +104,18 @@ class Batch:
 B = TypeVar("B", bound=Batch)
 
 
+STAYS = {"stays": True}
+"""Metadata of a batch's field that does not go to the device with the others."""
+
+
 def mapped(item: Any, act: Callable[[Tensor], Tensor]) -> Any:
-    """The same with `act` done to each of its tensors, such as a batch on another device."""
+    """The same with `act` done to each of its tensors, such as a batch on another device; but what stays."""
     if isinstance(item, Tensor):
         return act(item)
     if not is_dataclass(item) or isinstance(item, type):
         return item
-    return replace(item, **{one.name: mapped(getattr(item, one.name), act) for one in fields(item)})
+    going = [one.name for one in fields(item) if "stays" not in one.metadata]
+    return replace(item, **{name: mapped(getattr(item, name), act) for name in going})
 
 
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -220,6 +225,9 @@ class Task(Stage):
     """A step takes as much as so many forward passes through the model, two of which are its backward pass.
     0: it takes more than can be told by them, and MFU is n/a."""
 
+    shares_rows: ClassVar[bool] = False
+    """Whether its losses are those of whole rows (`parallel.sequence`)."""
+
     parallel: Parallel
     """How the model is spread over processes."""
     optimizer: Optimizer
@@ -273,10 +281,16 @@ class Task(Stage):
     @classmethod
     def _divides_the_job(cls, parallel: Parallel) -> Parallel:
         world = expected_world()
-        if cls.trains and world % parallel.tensor:
+        for name in ("tensor", "sequence"):
+            if cls.trains and world % getattr(parallel, name):
+                raise ValueError(
+                    f"{name}={getattr(parallel, name)} does not divide the {world} processes of this job; "
+                    f"use one of {divisors(world)}"
+                )
+        if parallel.sequence > 1 and not cls.shares_rows:
             raise ValueError(
-                f"tensor={parallel.tensor} does not divide the {world} processes of this job; "
-                f"use one of {divisors(world)}"
+                f"sequence={parallel.sequence} shares the tokens of a row among ranks, which only "
+                f"pretrain does; use sequence=1 for {cls.name}"
             )
         return parallel
 
@@ -338,7 +352,8 @@ class Task(Stage):
 
 def fit(task: Task) -> None:
     """Runs a training stage from its newest checkpoint, or from the start, to the end."""
-    mesh = start(task.parallel.tensor, task.watch.start, task.watch.timeout)
+    spread = task.parallel
+    mesh = start(spread.tensor, task.watch.start, task.watch.timeout, spread.sequence)
     if task.batch < mesh.data:
         raise ValueError(
             f"batch={task.batch} has no sample for some of the {mesh.data} data-parallel ranks; "
@@ -711,7 +726,9 @@ def attempt_step(task: Task, run: Running, batches: list[Batch], weight: float, 
     own = torch.stack(list(summed.values()))
     sums = dict(zip(summed, run.mesh.sum_tensor(own.clone()).tolist(), strict=True))
     why = task.guard.objection(sums, weight, run.progress.recent)
-    if run.mesh.tensor > 1 and run.mesh.any(bool(why)):  # ranks of one group may differ in the last bit
+    if task.parallel.together > 1 and run.mesh.any(
+        bool(why)
+    ):  # ranks of one group may differ in the last bit
         why = why or "another rank objects"
     run.watch.at("step")
     if len(result.losses) > 1 and not why:  # none of several is to be updated when another cannot be
@@ -888,8 +905,9 @@ def _checkpoint_bytes(models: dict[str, nn.Module]) -> int:
 
 
 def _reseed(seed: int, run: Running) -> None:
-    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, the data rank."""
-    digest = hashlib.blake2b(f"{seed} {run.progress.step} {run.mesh.data_rank}".encode(), digest_size=8)
+    """Makes what is random in a step (dropout, sampling) a function of the seed, the step, the data read."""
+    place = run.mesh.replica_rank  # that of the data, where ranks do not share rows
+    digest = hashlib.blake2b(f"{seed} {run.progress.step} {place}".encode(), digest_size=8)
     torch.manual_seed(int.from_bytes(digest.digest()) >> 1)
 
 

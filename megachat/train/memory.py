@@ -60,8 +60,13 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
-        return self.micro_batch * self.seq
+        """Of one micro-batch, that this rank has of its rows."""
+        return self.micro_batch * self.seq // self.parallel.sequence
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, over which ZeRO shards them."""
+        return self.data * self.parallel.sequence
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,14 @@ def memory(run: Run) -> Memory:
     Of a GPU's rank: what is offloaded is the host's. A CPU is both.
     """
     own = parameters_per_rank(run.model, run.vocab, run.parallel.tensor)
-    sharded = math.ceil(own / run.data)
+    sharded = math.ceil(own / run.replicas)
     zero, width = run.parallel.zero, 4 if run.autocast else run.width
     cut_weights, cut_rest = zero == 3, zero > 0
     weights = width * (sharded if cut_weights else own)
     master = 4 * sharded if zero else 0
     moments = 4 * moments_of(run.optimizer) * (sharded if cut_rest else own)
     if isinstance(run.optimizer, Muon):  # of a block's matrices one number is remembered, not two
-        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.data if cut_rest else 1))
+        moments -= 4 * math.ceil(_matrices_per_rank(run) / (run.replicas if cut_rest else 1))
     needed = Memory(
         weights=weights,
         master=master,
@@ -210,7 +215,9 @@ def _activations(run: Run) -> int:
     With checkpointing what a block keeps is its input; `selective` also what its products give, and on a GPU
     its attention.
     """
-    ends = run.tokens * (_norm_bytes(run, run.model.dim) + (0 if run.cuda and run.bf16 else run.seq))
+    ends = run.tokens * (
+        _norm_bytes(run, run.model.dim) + (0 if run.cuda and run.bf16 else run.seq * run.parallel.sequence)
+    )
     kept = block_bytes(run)
     if run.parallel.checkpointing != "none":
         kept = _residual(run) * run.model.dim
@@ -269,10 +276,10 @@ def _attention(run: Run, heads: int, keys: int) -> int:
         of_heads = 4 * heads // model.head_dim
         if run.bf16:
             return width * (2 * heads + 2 * keys) + of_heads
-        return width * 4 * heads + of_heads + width * run.seq
+        return width * 4 * heads + of_heads + width * run.seq * run.parallel.sequence
     kept = run.seq <= 8 * model.head_dim
     shares = heads // model.head_dim * width * (run.seq + min(run.seq, BLOCK)) // 2 if kept else 0
-    return width * (2 * heads + 2 * keys) + run.seq + shares
+    return width * (2 * heads + 2 * keys) + run.seq * run.parallel.sequence + shares
 
 
 def _head(run: Run) -> int:
@@ -309,7 +316,7 @@ def _gathered(run: Run, own: int) -> int:
     """
     if run.autocast:
         return 2 * _matrices_per_rank(run)
-    return run.width * min(own, LIVE) if run.parallel.zero == 3 and run.data > 1 else 0
+    return run.width * min(own, LIVE) if run.parallel.zero == 3 and run.replicas > 1 else 0
 
 
 # Gradients, from one micro-batch to the next, when they are reduced, and in the step.
@@ -355,7 +362,7 @@ def _reduction(run: Run, own: int, sharded: int) -> int:
         return (4 + 2) * own + (4 + 2 if own <= ALL_REDUCE else 2) * own
     flattened = min(own, run.parallel.bucket)
     if zero == 3:  # the bucket is one of the parts that stay
-        share = 4 * math.ceil(flattened / run.data) if run.bf16 else 0
+        share = 4 * math.ceil(flattened / run.replicas) if run.bf16 else 0
         return before + width * flattened + max(share, 0 if run.cuda else width * flattened)
     overlapped = run.cuda if run.parallel.overlap == "auto" else run.parallel.overlap
     bucket = _bucket(run, own) * (2 if overlapped else 1)
@@ -386,7 +393,7 @@ def _step(run: Run, own: int, sharded: int) -> int:
 
 def _step_of_muon(run: Run) -> int:
     """What data ranks send each other, receive, and have computed; and four copies of the largest matrix."""
-    matrices, ranks = _matrices_per_rank(run), run.data if run.parallel.zero else 1
+    matrices, ranks = _matrices_per_rank(run), run.replicas if run.parallel.zero else 1
     exchanged = 3 * 4 * math.ceil(matrices / ranks) if ranks > 1 else 0
     return exchanged + 4 * 4 * run.model.dim * run.model.hidden
 

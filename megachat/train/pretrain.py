@@ -10,7 +10,7 @@ import math
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar, Literal
 
@@ -38,6 +38,7 @@ from megachat.log import say
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import Work
+from megachat.parallel.sequence import check_rows
 from megachat.parallel.tensor import check_fits
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.feed import Fed, fed
@@ -51,7 +52,7 @@ from megachat.train.forecast import (
     check_vocabulary,
     room_here,
 )
-from megachat.train.loop import Batch, Losses, Running, check_shards, mapped, micro_batches, parts
+from megachat.train.loop import STAYS, Batch, Losses, Running, check_shards, mapped, micro_batches, parts
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Tokens(Batch):
 
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
-    documents: Int[Tensor, "batch seq"]
+    documents: Int[Tensor, "batch seq"] = field(metadata=STAYS)
 
 
 @dataclass
@@ -77,6 +78,7 @@ class Pretrain(Fed):
     """Predict the next token of every document."""
 
     name: ClassVar[str] = "pretrain"
+    shares_rows: ClassVar[bool] = True
 
     model: GPTConfig
     """The shape of the model."""
@@ -110,6 +112,7 @@ class Pretrain(Fed):
                 f"context ({self.context}) is longer than the model's (model.context={self.model.context})"
             )
         check_fits(self.model, self.parallel.tensor)
+        check_rows(self.model, self.parallel.sequence, self.context)
         return self
 
     neutral: ClassVar[tuple[str, ...]] = (*Fed.neutral, "on_changed_data", "verify_shards")

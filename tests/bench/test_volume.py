@@ -7,7 +7,7 @@ from tests.spawn import on_ranks
 from tools.bench.volume import Cell, count, lines
 
 
-def cell(zero: int, data: int, tensor: int, **changed: bool) -> Cell:
+def cell(zero: int, data: int, tensor: int, **changed: int) -> Cell:
     return Cell(
         Layout(zero, data, tensor, 2, 2, 32, **{"bf16": True, "checkpointing": False} | changed), LIVE
     )
@@ -29,6 +29,14 @@ def test_two_data_ranks_send_what_the_formula_says() -> None:
 def test_two_tensor_ranks_send_what_the_formula_says() -> None:
     for chosen in (cell(1, 1, 2), cell(0, 1, 2), cell(1, 1, 2, checkpointing=True)):
         assert wrong(chosen) == []
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_two_ranks_that_share_rows_send_what_the_formula_says() -> None:
+    for chosen in (cell(1, 1, 1, sequence=2), cell(0, 1, 1, sequence=2)):
+        assert wrong(chosen) == []
+    assert wrong(cell(3, 1, 1, sequence=2, checkpointing=True)) == []
 
 
 def test_a_count_that_is_a_fiftieth_off_is_marked() -> None:

@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def curve(run: Path, *overrides: str) -> list[list[float]]:
     """Loss and gradient norm of ten steps."""
     task = pretrain(run, *overrides)
-    mesh = start(task.parallel.tensor)
+    mesh = start(task.parallel.tensor, sequence=task.parallel.sequence)
     torch.manual_seed(0)
     state = Running(mesh, Tokenizer.load(run / "tokenizer"), Progress())
     model = task.models(state)["model"]
@@ -69,8 +69,9 @@ def measured(tiny: Path) -> Path:
     return tiny
 
 
-def layouts(zeros: str, tensor: int) -> list[str]:
-    return [f"parallel=zero{zero} parallel.precision=fp32 parallel.tensor={tensor}" for zero in zeros]
+def layouts(zeros: str, tensor: int, sequence: int = 1) -> list[str]:
+    degrees = f"parallel.tensor={tensor} parallel.sequence={sequence}"
+    return [f"parallel=zero{zero} parallel.precision=fp32 {degrees}" for zero in zeros]
 
 
 @pytest.mark.slow
@@ -150,6 +151,18 @@ def test_two_tensor_ranks_at_zero_0_to_3_equal_one_process(measured: Path) -> No
 @on_ranks(4)
 def test_two_by_two_at_zero_1_2_3_equals_one_process(measured: Path) -> None:
     compare(measured, *layouts("123", 2))
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_two_ranks_that_share_rows_at_zero_0_to_3_equal_one_process(measured: Path) -> None:
+    compare(measured, *layouts("0123", 1, sequence=2))
+
+
+@pytest.mark.slow
+@on_ranks(4)
+def test_two_data_ranks_by_two_that_share_rows_equal_one_process(measured: Path) -> None:
+    compare(measured, *layouts("013", 1, sequence=2))
 
 
 def test_heads_that_do_not_divide_name_the_degrees_that_would(

@@ -14,10 +14,15 @@ TINY = GPTConfig(
 
 
 def layout(
-    zero: int, data: int = 1, tensor: int = 1, bf16: bool = True, checkpointing: bool = False
+    zero: int,
+    data: int = 1,
+    tensor: int = 1,
+    bf16: bool = True,
+    checkpointing: bool = False,
+    sequence: int = 1,
 ) -> Layout:
-    """Two micro-batches of three rows of five tokens."""
-    return Layout(zero, data, tensor, 2, 3, 5, bf16, checkpointing)
+    """Two micro-batches of three rows of five tokens, or of a rank's five of a row."""
+    return Layout(zero, data, tensor, 2, 3, 5 * sequence, bf16, checkpointing, sequence)
 
 
 def payloads(found: list[Sent]) -> list[tuple[str, str, int]]:
@@ -94,6 +99,28 @@ def test_tensor_ranks_send_activations_in_every_block_of_every_micro_batch_and_a
         ("tensor", "all_reduce", words * states),
         ("tensor", "all_gather", 2 * 4 * (3 * 5) * 2),  # in fp32 a number a token, of both ranks
     ]
+
+
+@pytest.mark.parametrize(
+    ("zero", "bf16", "checkpointing", "times", "sizes"),
+    [
+        (1, True, False, 2, 2 + 2),  # there, and gradients back
+        (1, True, True, 3, 2 + 2),
+        (1, False, False, 2, 4 + 4),
+        (0, True, False, 2, 4 + 2),  # under autocast what is rotated is fp32: queries and keys
+    ],
+)
+def test_ranks_that_share_rows_exchange_heads_in_every_block_and_shard_as_data_ranks_do(
+    zero: int, bf16: bool, checkpointing: bool, times: int, sizes: int
+) -> None:
+    # Queries and what was gathered: 4 heads of 2 numbers; keys and values: 2 heads of 2.
+    exchanged = times * 2 * 3 * (3 * 5) * (8 + 4)  # micro-batches * layers * (rows * tokens) * numbers
+    found = volume(TINY, 10, layout(zero, bf16=bf16, checkpointing=checkpointing, sequence=2))
+    assert payloads(found)[0] == ("sequence", "all_to_all", sizes * exchanged)
+    assert [sent for sent in found if sent.axis == "data"] == volume(
+        TINY, 10, layout(zero, data=2, bf16=bf16)
+    )
+    assert found[0].wire == sizes * exchanged / 2
 
 
 def test_one_rank_sends_nothing() -> None:

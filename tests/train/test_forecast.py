@@ -126,6 +126,12 @@ def test_tensor_parallel_ranks_belong_on_one_node() -> None:
     found = check_tensor(job(parallel=eight, ranks=12), 8)
     assert found is not None
     assert found.level == "problem"
+    rows = job().parallel.model_copy(update={"sequence": 8})
+    assert job(parallel=rows, ranks=64).data == 8
+    assert check_tensor(job(parallel=rows, ranks=64), 8) is None
+    found = check_tensor(job(parallel=rows, ranks=12), 8)
+    assert found is not None
+    assert found.text == "parallel.sequence=8 does not divide 12 ranks"
 
 
 @pytest.mark.parametrize(

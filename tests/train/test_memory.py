@@ -53,6 +53,15 @@ def test_the_output_layer_of_two_tensor_ranks_has_half_the_gradient_and_as_many_
     assert memory(run(parallel=two)).head == 4 * 32_768 * 2_048 + rest
 
 
+def test_ranks_that_share_rows_shard_as_data_ranks_do_and_have_some_tokens_each() -> None:
+    two = run().parallel.model_copy(update={"sequence": 2})
+    alone, shared = memory(run()), memory(run(parallel=two, data=4))
+    assert shared.lasting == alone.lasting
+    assert alone.head - shared.head == 2 * 2 * 2_048 * 2_048  # states and their gradients of half the tokens
+    # All but a mask of whole rows: 2 bytes of each pair, in 16 blocks.
+    assert 2 * shared.activations - alone.activations == 16 * 2 * 4_096 * 4_096
+
+
 def test_zero_1_in_bf16_holds_6_bytes_a_weight_and_shards_12() -> None:
     # 1,107,365,888 weights on 8 ranks: a share is 138,420,736.
     needed = memory(run())

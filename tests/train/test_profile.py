@@ -32,7 +32,7 @@ FACTS = Facts(
 
 def test_overlapping_kernels_count_once() -> None:
     assert union([]) == 0
-    assert union([(2.0, 6.0), (8.0, 9.0), (0.0, 4.0), (3.0, 4.0)]) == 7
+    assert union([(2.0, 6.0), (8.0, 9.0), (0.0, 4.0), (3.0, 4.0), (4.0, 6.0)]) == 7
 
 
 def test_a_gpu_is_idle_when_no_kernel_runs_and_communication_counts_where_it_sticks_out() -> None:

@@ -50,6 +50,7 @@ KINDS = {
     "_allgather_base_": "all_gather",
     "allgather_": "all_gather",
     "allgather_into_tensor_coalesced_": "all_gather",
+    "alltoall_base_": "all_to_all",
 }
 """torch's operators of `torch.ops.c10d`, by what they do. Others are shown by their own names."""
 
@@ -67,6 +68,7 @@ class Cell(NamedTuple):
         layout = self.layout
         marks = [
             f"ZeRO {layout.zero}", f"DP {layout.data}", f"TP {layout.tensor}",
+            *[f"SP {layout.sequence}"] * (layout.sequence > 1),
             "bf16" if layout.bf16 else "fp32", f"{layout.micro_batches} micro-batches",
             *["checkpointing"] * layout.checkpointing, *["few kept"] * (self.live < LIVE),
         ]  # fmt: skip
@@ -82,10 +84,10 @@ def main() -> int:
     given = parser.parse_args()
     wrong = 0
     print(f"{'':<86}{'formula, kB':>12}{'counted, kB':>12}{'ratio':>10}")
-    for data, tensor in [*((data, 1) for data in given.data), (1, 2), (2, 2)]:
-        chosen = cells(data, tensor)
+    for data, tensor, sequence in [*((data, 1, 1) for data in given.data), (1, 2, 1), (2, 2, 1), (1, 1, 2)]:
+        chosen = cells(data, tensor, sequence)
         with tempfile.TemporaryDirectory() as folder:
-            gang(data, tensor, measure, Path(folder), chosen)
+            gang(data * sequence, tensor, measure, Path(folder), chosen)
             file = Path(folder) / COUNTED
             counted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         wrong += len(chosen) - len(counted)
@@ -97,15 +99,15 @@ def main() -> int:
     return int(bool(wrong))
 
 
-def cells(data: int, tensor: int) -> list[Cell]:
+def cells(data: int, tensor: int, sequence: int) -> list[Cell]:
     """What is counted on so many ranks: each stage, with two micro-batches to tell what is sent for each."""
 
     def layout(zero: int, bf16: bool = True, checkpointing: bool = False) -> Layout:
-        return Layout(zero, data, tensor, 2, 2, 32, bf16, checkpointing)
+        return Layout(zero, data, tensor, 2, 2, 32, bf16, checkpointing, sequence)
 
     found = [Cell(layout(zero), LIVE) for zero in ((0, 1) if data == 1 else (0, 1, 2, 3))]
     found.append(Cell(layout(1, bf16=False), LIVE))
-    if tensor > 1:
+    if tensor * sequence > 1:
         found.append(Cell(layout(1, checkpointing=True), LIVE))
     if data > 1:
         found.append(Cell(layout(3), held(TINY, VOCAB, tensor) // 3))
@@ -143,12 +145,13 @@ def count(cell: Cell) -> Bytes:
     from megachat.train.optimizers import AdamW
 
     layout = cell.layout
-    mesh = start(layout.tensor)
+    mesh = start(layout.tensor, sequence=layout.sequence)
     torch.manual_seed(0)
     model = TINY.build(VOCAB)
     optimizer = AdamW(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     settings = {
-        "zero": layout.zero, "tensor": layout.tensor, "precision": "bf16" if layout.bf16 else "fp32",
+        "zero": layout.zero, "tensor": layout.tensor, "sequence": layout.sequence,
+        "precision": "bf16" if layout.bf16 else "fp32",
         "checkpointing": "full" if layout.checkpointing else "none",
     }  # fmt: skip
     spread = decode(
