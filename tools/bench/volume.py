@@ -122,7 +122,7 @@ def lines(cell: Cell, counted: Bytes) -> Iterator[tuple[str, bool]]:
     for kind in sorted({*predicted, *counted}):
         expected, found = predicted[kind], counted.get(kind, 0)
         # A parameter is kept whole or not at all, so with a limit on them a few more are gathered again.
-        limit = LIMIT if cell.live == LIVE else 10 * LIMIT
+        limit = LIMIT if cell.live == LIVE else 12 * LIMIT
         fine = abs(found - expected) <= limit * expected + KILOBYTE
         if expected or not fine:
             share = f"{found / expected:>10.4f}" if expected else f"{'-':>10}"
