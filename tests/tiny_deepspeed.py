@@ -12,7 +12,7 @@ from megachat.model.gpt import GPTConfig
 
 TINY = GPTConfig(
     dim=20, layers=2, heads=2, kv_heads=2, head_dim=8, hidden=18, context=16,
-    rope_base=1e4, qk_norm=True, tied=True, norm_eps=1e-6, dropout=0.0,
+    rope_base=1e4, moe=None, qk_norm=True, tied=True, norm_eps=1e-6, dropout=0.0,
 )  # fmt: skip
 """Sizes that two ranks do not divide: 20 x 53 in the embedding, norms of 20 and 8."""
 VOCAB = 53

@@ -16,7 +16,14 @@ from megachat.tokenizer.tokenizer import FILE, Tokenizer
 
 def shape(dim: int, heads: int, **sizes: int) -> dict[str, Any]:
     """The settings of a small GPT."""
-    fixed = {"rope_base": 10000.0, "qk_norm": True, "tied": True, "norm_eps": 1e-6, "dropout": 0.0}
+    fixed = {
+        "moe": None,
+        "rope_base": 10000.0,
+        "qk_norm": True,
+        "tied": True,
+        "norm_eps": 1e-6,
+        "dropout": 0.0,
+    }
     target = {"_target_": "megachat.model.gpt.GPTConfig"}
     return target | {"dim": dim, "heads": heads, "head_dim": dim // heads} | sizes | fixed
 

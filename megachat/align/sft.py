@@ -26,7 +26,16 @@ from megachat.model.size import Work
 from megachat.tokenizer.chat_format import render, render_prompt
 from megachat.tokenizer.encode_chat import Chats
 from megachat.train.feed import Fed, fed
-from megachat.train.loop import STAYS, Batch, Losses, Running, check_shards, measured, micro_batches
+from megachat.train.loop import (
+    STAYS,
+    Batch,
+    Losses,
+    Running,
+    check_shards,
+    load_of,
+    measured,
+    micro_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,8 @@ class SFT(Fed):
 
     def loss(self, run: Running, batch: Said) -> Losses:
         """-log p, summed over what the assistant says."""
-        return Losses({"model": self._cost(run.engines["model"], batch)})
+        engine = run.engines["model"]
+        return Losses({"model": self._cost(engine, batch)}, load_of(engine.module, batch))
 
     def _cost(self, model: Callable[..., Tensor], batch: Said) -> Float[Tensor, ""]:
         return model(batch.inputs, batch.documents, where=batch.labels != IGNORE, labels=batch.labels)

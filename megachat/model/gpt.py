@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megachat.config import Config
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.layers import MLP, VARLEN, Attention, Cache, Past, Rope, Spans
+from megachat.model.moe import MoE, MoEConfig, routing
 from megachat.model.precision import dtype_of_products
 from megachat.model.rows import Stretch
 from megachat.model.vocabulary import Embedding, Output, output
@@ -32,8 +33,8 @@ of matrices and its attention; or everything but its input."""
 PRODUCTS = {
     getattr(torch.ops.aten, name).default
     for name in (
-        "mm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_efficient_attention",
+        "mm", "_scaled_mm", "_grouped_mm", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
     )
 } | ({torch.ops.torch_attn._varlen_attn.default} if VARLEN else set())  # fmt: skip
 """What `selective` remembers. Attention on a CPU is many small products, which are computed again."""
@@ -53,7 +54,9 @@ class GPTConfig(Config):
     head_dim: PositiveInt
     """Numbers in one head; even, because positions rotate pairs of them."""
     hidden: PositiveInt
-    """Numbers inside the MLP."""
+    """Numbers inside the MLP, or inside each of the experts."""
+    moe: MoEConfig | None
+    """A mixture of experts in the place of each block's MLP; null for none."""
     context: PositiveInt
     """The longest sequence, in tokens."""
     rope_base: PositiveFloat
@@ -89,13 +92,18 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.checkpointing: Checkpointing = "none"
-        self.train_forward: Callable[..., Tensor] = self._train_forward
+        self.train_forward: Callable[..., tuple[Tensor, Tensor | None]] = self._train_forward
         self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(
             config.dim, config.heads, config.kv_heads, config.head_dim, config.qk_norm, config.norm_eps
         )
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config.dim, config.hidden)
+        self.routed = config.moe is not None
+        self.mlp: nn.Module
+        if config.moe is None:
+            self.mlp = MLP(config.dim, config.hidden)
+        else:
+            self.mlp = MoE(config.dim, config.hidden, config.moe)
 
     def forward(
         self,
@@ -104,8 +112,8 @@ class Block(nn.Module):
         mask: Bool[Tensor, "rows 1 queries past"] | Spans | None = None,
         past: Past | None = None,
         start: int = 0,
-    ) -> Float[Tensor, "batch seq dim"]:
-        """The states one block later."""
+    ) -> tuple[Float[Tensor, "batch seq dim"], Float[Tensor, "batch seq experts"] | None]:
+        """The states one block later, and in training the scores of the router, where there is one."""
         if self.training and past is None and torch.is_grad_enabled():
             return self.train_forward(x, rope, mask)
         return self._forward(x, rope, mask, past, start)
@@ -116,13 +124,15 @@ class Block(nn.Module):
         """
         self.train_forward = torch.compile(self._train_forward, *arguments, **named)
 
-    def _train_forward(self, x: Tensor, rope: Rope, mask: Tensor | Spans | None) -> Tensor:
+    def _train_forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | Spans | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing == "none":
             return self._forward(x, rope, mask)
         again = partial(checkpoint, use_reentrant=False)
         if self.checkpointing == "selective":
             again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _policy))
-        y: Tensor = again(self._forward, x, rope, mask)
+        y: tuple[Tensor, Tensor | None] = again(self._forward, x, rope, mask)
         return y
 
     def _forward(
@@ -132,9 +142,21 @@ class Block(nn.Module):
         mask: Tensor | Spans | None,
         past: Past | None = None,
         start: int = 0,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, past, start), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        inputs = self.mlp_norm(x)
+        x = x + F.dropout(self.mlp(inputs), self.dropout, self.training)
+        return x, self.scores(inputs) if self.routed and self.training else None
+
+    def scores(self, inputs: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq experts"]:
+        """How the router sees the experts.
+
+        Computed a second time, for next to nothing: DeepSpeed's layer, which takes the place of ours where
+        experts are spread over ranks, keeps them to itself, and its router in a module named `gate`.
+        """
+        router = self.mlp.get_submodule("router")
+        scores: Tensor = getattr(router, "gate", router)(inputs)
+        return scores
 
 
 def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
@@ -161,6 +183,8 @@ class GPT(nn.Module):
         self.vocab = vocab
         self.stretch: Stretch | None = None
         """Which tokens of each row are here; None: all."""
+        self.load: Tensor | None = None
+        """Of the experts, in the last forward pass of training with labels (`Routing.load`)."""
         self.embed = Embedding(vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -179,13 +203,19 @@ class GPT(nn.Module):
 
         With a cache, after the last alone; with `where`, after those that it marks, row by row. With `labels`
         not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`; with `each`,
-        which has no gradient, its terms. Where ranks share rows, all give and get them whole.
+        which has no gradient, its terms. Where ranks share rows, all give and get them whole. In training the
+        sum's gradient is with the penalties of routers.
         """
         stretch = None if cache is not None else self.stretch
         assert stretch is None or (labels is not None and where is None), (
             "rows are shared for their loss only"
         )
-        x = self.hidden(tokens, documents, cache)
+        x, scores = self._states(tokens, documents, cache)
+        penalty = None
+        if self.config.moe is not None and labels is not None and scores:
+            assert stretch is None, "penalties are of whole rows"
+            routed = routing(torch.stack(scores), labels != IGNORE, self.config.moe)
+            penalty, self.load = routed.penalty, routed.load
         if stretch is not None and labels is not None:
             labels = stretch.own(labels)
         if cache is not None:
@@ -201,6 +231,8 @@ class GPT(nn.Module):
             y = self.head(x, labels, each)
         if stretch is not None:
             return stretch.join(y) if each else stretch.sum(y)
+        if penalty is not None and not each:
+            y = y + (penalty - penalty.detach()).to(y.dtype)  # its gradient alone
         return y if where is None or y.ndim == 0 else y[:count]
 
     def hidden(
@@ -214,6 +246,12 @@ class GPT(nn.Module):
         With `documents`, a token sees only its own document. Positions are relative, so they run on. They
         are best left on the CPU: they are turned there into what a GPU's kernel wants, without waiting.
         """
+        return self._states(tokens, documents, cache)[0]
+
+    def _states(
+        self, tokens: Tensor, documents: Tensor | None, cache: Cache | None
+    ) -> tuple[Float[Tensor, "batch here dim"], list[Tensor]]:
+        """The states, and in training the scores of each block's router."""
         assert documents is None or cache is None, "a cache holds one document per row"
         needed = tokens.shape[1] if cache is None else cache.capacity
         if needed > self.config.context:
@@ -235,12 +273,14 @@ class GPT(nn.Module):
             mask = Spans.of(documents, x.device)
         else:
             mask = same_document(documents.to(x.device))
+        routed = []
         for index, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache and cache.layer(index), now.length)
+            x, scores = block(x, rope, mask, cache and cache.layer(index), now.length)
+            routed.append(scores)
         if cache is not None:
             cache.length += tokens.shape[1]
         states: Tensor = self.norm(x)
-        return states
+        return states, [scores for scores in routed if scores is not None]
 
 
 def same_document(documents: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
@@ -259,7 +299,7 @@ def initialise(model: nn.Module, generator: torch.Generator | None = None) -> No
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(float(name.endswith("weight")))
-            elif name.endswith(("attn.out.weight", "mlp.down.weight")):
+            elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.experts.down")):
                 parameter.normal_(0.0, 0.02 / (2 * blocks) ** 0.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)

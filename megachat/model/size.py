@@ -13,7 +13,19 @@ def parameters(config: GPTConfig, vocab: int) -> int:
     """Every weight of `config.build(vocab)`."""
     norms = 2 * config.dim + (2 * config.head_dim if config.qk_norm else 0)
     embeddings = vocab * config.dim * (1 if config.tied else 2)
-    return config.layers * (_matrices(config) + norms) + config.dim + embeddings
+    experts = 1 if config.moe is None else config.moe.experts
+    return config.layers * (_matrices(config, experts) + norms) + config.dim + embeddings
+
+
+def active_parameters(config: GPTConfig, vocab: int) -> int:
+    """Those that have a part in what becomes of one token: all, but for the experts it does not pass through.
+
+    Example: of 8 experts of 3 x 256 x 256 a token passes through 2, so that in each block 6 are left out.
+    """
+    if config.moe is None:
+        return parameters(config, vocab)
+    idle = config.moe.experts - config.moe.per_token
+    return parameters(config, vocab) - config.layers * idle * 3 * config.dim * config.hidden
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,13 @@ def forward_flops(config: GPTConfig, vocab: int, work: Work) -> Number:
     """Multiplications and additions of a forward pass.
 
     2 for each token and weight of the blocks' matrices, among which grouped queries make those of keys and
-    values smaller; 4 for each pair, head and number in it (the score, and the value added by it); 2 for each
-    logit and number in a state, whether the output layer is tied or not. Looking up an embedding takes none,
-    and norms, rotations, softmax and SwiGLU's product are left out: below 1 % of models worth the question.
+    values smaller; of a mixture of experts those count that the token passes through, and the router. 4 for
+    each pair, head and number in it (the score, and the value added by it); 2 for each logit and number in a
+    state, whether the output layer is tied or not. Looking up an embedding takes none, and norms, rotations,
+    softmax and SwiGLU's product are left out: below 1 % of models worth the question.
     """
-    blocks = 2 * _matrices(config) * work.tokens + 4 * config.heads * config.head_dim * work.pairs
+    active = 1 if config.moe is None else config.moe.per_token
+    blocks = 2 * _matrices(config, active) * work.tokens + 4 * config.heads * config.head_dim * work.pairs
     return config.layers * blocks + 2 * config.dim * vocab * work.logits
 
 
@@ -74,13 +88,17 @@ class Flops:
         return self.passes * forward_flops(self.config, self.vocab, work)
 
     def of_hardware(self, work: Work) -> Number:
-        """With what activation checkpointing computes again: of whole blocks not their last product."""
+        """With what activation checkpointing computes again: of whole blocks not their last product.
+
+        Of a mixture of experts that, too: how much an expert counts has a gradient, which is made of what the
+        expert gave.
+        """
         config, needed = self.config, self.of_model(work)
         if self.recomputed == "none":
             return needed
         if self.recomputed == "attention":
             return needed + 4 * config.layers * config.heads * config.head_dim * work.pairs
-        last = 2 * config.layers * config.hidden * config.dim * work.tokens
+        last = 0 if config.moe else 2 * config.layers * config.hidden * config.dim * work.tokens
         return needed + forward_flops(config, 0, work) - last
 
 
@@ -89,7 +107,8 @@ def flops_per_token(config: GPTConfig, vocab: int, seq: int) -> int:
     return round(Flops(config, vocab, 3, "none").of_model(Work(1, seq / 2, 1)))
 
 
-def _matrices(config: GPTConfig) -> int:
-    """The weights of one block that tokens are multiplied with."""
+def _matrices(config: GPTConfig, experts: int) -> int:
+    """The weights of one block in matrices, of so many experts; without a mixture the MLP counts as one."""
     attention = config.dim * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    return attention + 3 * config.dim * config.hidden
+    router = 0 if config.moe is None else config.dim * config.moe.experts
+    return attention + router + experts * 3 * config.dim * config.hidden

@@ -63,7 +63,7 @@ def trunk(model: nn.Module) -> GPT:
 
 def build(description: Mapping[str, Any]) -> nn.Module:
     """The model that `architecture` described, with fresh weights."""
-    body = decode(description["config"]).build(description["vocab"])
+    body = decode({"moe": None} | description["config"]).build(description["vocab"])  # older ones have none
     return Scalar(body) if description["head"] == "scalar" else body
 
 

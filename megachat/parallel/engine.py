@@ -1,4 +1,4 @@
-"""DeepSpeed, in the one file that imports it: ZeRO 0-3, AutoTP, bf16 with fp32 master weights, clipping.
+"""DeepSpeed, in the one file that imports it: ZeRO 0-3, AutoTP, AutoEP, bf16 with fp32 master weights.
 
 DeepSpeed's engine is a wide thing; `Engine` shows the few verbs the training loop needs, and the logical
 tensors (one full tensor per parameter and optimizer moment) that a checkpoint is made of.
@@ -17,6 +17,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from shutil import which
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from megachat.config import Config
 from megachat.model.gpt import Block, Checkpointing
+from megachat.model.moe import MoE
 from megachat.parallel.fp8 import use_fp8
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.muon import Groups, Muon, Piece, owners
@@ -39,10 +41,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.sequence.layer import DistributedAttention
+from deepspeed.utils import (
+    groups as deepspeed_groups,
+)
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -66,6 +72,38 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 Read = Callable[..., Tensor]
 """`read(name)` gives a full tensor, `read(name, *slices)` the part of it that slices, one an axis, pick."""
 
+
+@dataclass(frozen=True)
+class Parts:
+    """The ranks that each hold a part of what is cut: tensor-parallel ones, or expert-parallel ones."""
+
+    group: Any
+    rank: int
+    """This one's place among them."""
+    ranks: int
+
+
+EXPERTS = {
+    "moe_layer_pattern": r"(trunk\.)?blocks\.\d+\.mlp",
+    "router_pattern": "router",
+    "expert_pattern": "experts",
+    "expert_w1": "gate",
+    "expert_w2": "down",
+    "expert_w3": "up",
+    "score_func": "softmax",
+    "score_apply": "post",
+    "route_norm": True,
+    "expert_activation": "swiglu",
+}
+"""What AutoEP must know to put its layer in the place of `megachat.model.moe.MoE` and compute the same."""
+RENAMED = {
+    ".mlp.router.gate.": ".mlp.router.",
+    ".mlp.experts.w1": ".mlp.experts.gate",
+    ".mlp.experts.w2": ".mlp.experts.down",
+    ".mlp.experts.w3": ".mlp.experts.up",
+}
+"""In which the parameters have these names."""
+
 PLAIN_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """DeepSpeed's own classes in its checkpoints: they hold values, and unpickling them runs nothing else."""
 
@@ -81,6 +119,9 @@ class Parallel(Config):
     sequence: PositiveInt
     """Sequence-parallel degree: how many neighbouring ranks share the tokens of each row (DeepSpeed-Ulysses,
     https://arxiv.org/abs/2309.14509). It divides `model.kv_heads` and `context`; not with `tensor`."""
+    expert: PositiveInt
+    """Expert-parallel degree: how many neighbouring data ranks share one copy of the experts (`model.moe`),
+    and send each other the tokens that are for them."""
     precision: Literal["auto", "bf16", "fp32"]
     """`bf16` keeps fp32 master weights; `auto` is bf16 where the hardware has it, else fp32."""
     checkpointing: Checkpointing
@@ -107,6 +148,12 @@ class Parallel(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Parallel":
+        if self.expert > 1 and self.tensor > 1:
+            raise ValueError(f"expert={self.expert} and tensor={self.tensor}: one of them must be 1")
+        if self.expert > 1 and self.offload != "none":
+            raise ValueError(
+                f"offload={self.offload} is not to be had with expert={self.expert}; use one of them"
+            )
         least = {"none": 0, "optimizer": 2, "parameters": 3}[self.offload]
         if self.zero < least:
             raise ValueError(f"offload={self.offload} needs ZeRO {least}, not zero={self.zero}")
@@ -196,6 +243,9 @@ class Engine:
             for name, parameter in model.named_parameters()
             if id(parameter) in group_of
         }
+        per_token = next((module.per_token for module in model.modules() if isinstance(module, MoE)), None)
+        if per_token is not None:
+            _check_experts(parallel)
         plan = getattr(model, "tensor_plan", {})
         cut_vocabulary(model, plan, mesh)
         share_rows(model, mesh, partial(DistributedAttention, scatter_idx=2, gather_idx=1))
@@ -204,11 +254,15 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=groups,
-                optimizer=build_optimizer,
-                config=self._deepspeed_config(plan),
+                optimizer=lambda groups: build_optimizer(self._experts_apart(groups)),
+                config=self._deepspeed_config(plan, per_token),
                 dist_init_required=False,
             )
         self.module: nn.Module = self._engine.module
+        self._parts = Parts(mesh.tensor_group, mesh.tensor_rank, mesh.tensor)
+        if parallel.expert > 1:
+            group = deepspeed_groups._get_expert_parallel_group(f"ep_size_{parallel.expert}")
+            self._parts = Parts(group, dist.get_rank(group), parallel.expert)
         if isinstance(self._basic_optimizer, Muon):
             if parallel.offload != "none":
                 raise ValueError(
@@ -223,12 +277,12 @@ class Engine:
             block.checkpointing = parallel.checkpointing
             if parallel.fp8 != "none":
                 use_fp8(block, parallel.fp8, self.mesh.device)
-            if compiled:
+            if compiled and not block.routed:
                 block.compile()
-            if compiled and parallel.zero == 3:
+            if compiled and not block.routed and parallel.zero == 3:
                 set_z3_leaf_module(block, True)  # gathered whole: compiled code calls no hooks of its layers
 
-    def _deepspeed_config(self, plan: Mapping[str, str]) -> dict[str, Any]:
+    def _deepspeed_config(self, plan: Mapping[str, str], per_token: int | None) -> dict[str, Any]:
         parallel, autocast = self.parallel, self.parallel.bf16 and self.parallel.zero == 0
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # ours is in the batches; the loss is weighted by tokens
@@ -249,6 +303,14 @@ class Engine:
                 "autotp_size": parallel.tensor,
                 "partition_config": partition_config(plan),
             }
+        if parallel.expert > 1:
+            config["expert_parallel"] = {
+                "enabled": True,
+                "autoep_size": parallel.expert,
+                "use_grouped_mm": self.mesh.device.type == "cuda",
+                "top_k": per_token,
+                **EXPERTS,
+            }
         return config
 
     def _zero_config(self) -> dict[str, Any]:
@@ -267,6 +329,26 @@ class Engine:
         if parallel.offload == "parameters":
             config["offload_param"] = host
         return config
+
+    def _experts_apart(self, groups: Groups) -> Groups:
+        """The groups as DeepSpeed's ZeRO 1 and 2 want them: spread experts are in groups of their own."""
+        if self.parallel.expert == 1 or self.parallel.zero not in (1, 2):
+            return groups
+        spread = []
+        for group in groups:
+            found = [parameter for parameter in group["params"] if is_moe_param(parameter)]
+            group["params"] = [parameter for parameter in group["params"] if not is_moe_param(parameter)]
+            if found:
+                spread.append({**group, "params": found, "moe": True, "name": found[0].group_name})
+        return [*groups, *spread]
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Every parameter by the name that the model gave it; AutoEP's layer has other ones."""
+        for name, parameter in self.module.named_parameters():
+            if self.parallel.expert > 1:
+                for theirs, ours in RENAMED.items():
+                    name = name.replace(theirs, ours)
+            yield name, parameter
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward pass."""
@@ -362,14 +444,14 @@ class Engine:
         """The global gradient norm, counting each logical parameter once, and the clip to it."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # whole, cut
         gradients = []
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._named():
             if parameter.grad is not None:
                 cut = split_axis(self.shapes[name], parameter.shape) is not None
                 squares[int(cut)] += parameter.grad.double().square().sum()
                 gradients.append(parameter.grad)
-        if self.mesh.tensor > 1:
-            dist.all_reduce(squares, group=self.mesh.tensor_group)
-            squares[0] /= self.mesh.tensor  # a gradient that is not finite must be so on all ranks
+        if self._parts.ranks > 1:
+            dist.all_reduce(squares, group=self._parts.group)
+            squares[0] /= self._parts.ranks  # a gradient that is not finite must be so on all ranks
         norm = squares.sum().sqrt().item()
         if self.clip and self.clip < norm < math.inf:
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
@@ -381,10 +463,14 @@ class Engine:
         """
         if self.parallel.zero == 3:
             return
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._named():
             numbers = parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            total = numbers.sum(dtype=torch.int64)
             cut = split_axis(self.shapes[name], parameter.shape) is not None
-            yield name, (numbers.sum(dtype=torch.int64), cut)
+            if cut and self.parallel.expert > 1:  # of all experts, which the ranks of a group hold together
+                dist.all_reduce(total, group=self._parts.group)
+                cut = False
+            yield name, (total, cut)
 
     # The logical tensors: what a checkpoint holds.
 
@@ -408,18 +494,19 @@ class Engine:
         All ranks must iterate together. Host memory holds one tensor at a time.
         """
         self._create_state()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._named():
             full = self.shapes[name]
             axis = split_axis(full, self._local_shape(parameter))
             for moment in (None, *self._moments(self._group_of[name])):
                 part = self._read(parameter, moment)
-                yield f"{moment or 'weight'}.{name}", whole(part, axis, full[axis or 0], self.mesh)
+                joined = whole(part, axis, full[axis or 0], self._parts.group, self._parts.ranks)
+                yield f"{moment or 'weight'}.{name}", joined
 
     def tensors(self) -> dict[str, torch.Size]:
         """Name and full shape of every logical tensor, in the order of `logical`."""
         return {
             f"{kind}.{name}": self.shapes[name]
-            for name, _ in self.module.named_parameters()
+            for name, _ in self._named()
             for kind in ("weight", *self._moments(self._group_of[name]))
         }
 
@@ -436,7 +523,7 @@ class Engine:
         `read` is asked, parameter by parameter, for no more than this rank holds.
         """
         self._create_state()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._named():
             for kind in ("weight", *self._moments(self._group_of[name])):
                 piece = partial(self._piece, read, f"{kind}.{name}", self._local_shape(parameter))
                 self._write(parameter, None if kind == "weight" else kind, piece)
@@ -450,7 +537,7 @@ class Engine:
         )  # ZeRO 3 empties the parameter itself
 
     def _piece(self, read: Read, name: str, local: torch.Size, start: int, count: int) -> Tensor:
-        """`count` elements from `start` on of this tensor rank's part, flat; zeros beyond its end."""
+        """`count` elements from `start` on of this rank's part of what is cut, flat; zeros beyond its end."""
         full = self.shapes[name.partition(".")[2]]
         axis, width = split_axis(full, local), local[1:].numel()
         end = min(start + count, local.numel())
@@ -459,7 +546,7 @@ class Engine:
         first = start // width
         index = [slice(first, -(-end // width)), *(slice(size) for size in local[1:])]
         if axis is not None:
-            offset = part_of(full[axis], self.mesh.tensor_rank, self.mesh.tensor).start
+            offset = part_of(full[axis], self._parts.rank, self._parts.ranks).start
             index[axis] = slice((index[axis].start or 0) + offset, index[axis].stop + offset)
         rows = read(name, *index).to(self.mesh.device, torch.float32).reshape(-1)
         piece = rows[start - first * width : end - first * width]
@@ -572,6 +659,20 @@ class Engine:
             # DeepSpeed links after the first group's first step, when the other groups have no state yet.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def _check_experts(parallel: Parallel) -> None:
+    """Raises where a mixture of experts is not carried."""
+    if parallel.compile is True:
+        raise ValueError(
+            "parallel.compile=true: how many tokens an expert of a mixture (model.moe) gets is not known "
+            "beforehand, which torch.compile must know; set parallel.compile=false"
+        )
+    if parallel.fp8 != "none":
+        raise ValueError(
+            f"parallel.fp8={parallel.fp8} has no products for the experts of a mixture (model.moe); "
+            "set parallel.fp8=none"
+        )
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class Muon(torch.optim.Optimizer):
         if piece.axis is None:
             return scaled(self._orthogonal(part))
         count = part.shape[piece.axis] * mesh.tensor
-        step = scaled(self._orthogonal(whole(part, piece.axis, count, mesh)))
+        step = scaled(self._orthogonal(whole(part, piece.axis, count, mesh.tensor_group, mesh.tensor)))
         return step.chunk(mesh.tensor, piece.axis)[mesh.tensor_rank]
 
 

@@ -25,6 +25,11 @@ Around = Callable[[Attend, Any], Callable[..., Tensor]]
 
 def check_rows(config: GPTConfig, sequence: int, context: int) -> None:
     """Raises unless heads and tokens divide evenly."""
+    if sequence > 1 and config.moe is not None:
+        raise ValueError(
+            f"parallel.sequence={sequence} leaves routers no whole rows to be balanced over (model.moe); "
+            "use parallel.sequence=1"
+        )
     for name, count in (("model.kv_heads", config.kv_heads), ("context", context)):
         if count % sequence:
             both = [n for n in divisors(config.kv_heads) if context % n == 0]

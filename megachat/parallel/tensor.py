@@ -132,7 +132,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, words: Words) -> Tensor:
         ctx.own = words.own
-        return whole(part, -1, words.count, words.mesh)
+        return whole(part, -1, words.count, words.mesh.tensor_group, words.mesh.tensor)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
@@ -144,8 +144,22 @@ def part_of(count: int, rank: int, ranks: int) -> range:
     return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
-def check_fits(config: GPTConfig, tensor: int) -> None:
-    """Raises unless heads and MLP divide evenly: each rank gets whole heads."""
+def check_fits(config: GPTConfig, tensor: int, expert: int) -> None:
+    """Raises unless heads and MLP divide evenly, and experts: each rank gets whole ones."""
+    if expert > 1 and config.moe is None:
+        raise ValueError(
+            f"parallel.expert={expert} spreads experts, and the model has none; use 1, or a model.moe"
+        )
+    if config.moe is not None and config.moe.experts % expert:
+        raise ValueError(
+            f"parallel.expert={expert} does not divide model.moe.experts={config.moe.experts}; "
+            f"use one of {divisors(config.moe.experts)}"
+        )
+    if tensor > 1 and config.moe is not None:
+        raise ValueError(
+            f"parallel.tensor={tensor} does not cut the experts of a mixture (model.moe); use "
+            "parallel.tensor=1, and parallel.expert to spread experts over data ranks"
+        )
     for name in ("heads", "kv_heads", "hidden"):
         if getattr(config, name) % tensor:
             raise ValueError(
@@ -162,15 +176,15 @@ def split_axis(full: torch.Size, local: torch.Size) -> int | None:
     return different[0] if different else None
 
 
-def whole(part: Tensor, axis: int | None, count: int, mesh: Mesh) -> Tensor:
-    """The full tensor of which every tensor rank holds `part`: its share of `count` along `axis`."""
+def whole(part: Tensor, axis: int | None, count: int, group: Any, ranks: int) -> Tensor:
+    """The full tensor of which every rank of a group holds `part`: its share of `count` along `axis`."""
     if axis is None:
         return part
-    sizes = [len(part_of(count, rank, mesh.tensor)) for rank in range(mesh.tensor)]
+    sizes = [len(part_of(count, rank, ranks)) for rank in range(ranks)]
     shape = [*part.shape]
     shape[axis] = max(sizes)
     padded = part.new_zeros(shape)  # gloo gathers parts of one size only
     padded.narrow(axis, 0, part.shape[axis]).copy_(part)
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=mesh.tensor_group)
+    dist.all_gather(parts, padded, group=group)
     return torch.cat([found.narrow(axis, 0, n) for found, n in zip(parts, sizes, strict=True)], dim=axis)

@@ -166,6 +166,10 @@ def _data_volume(config: GPTConfig, vocab: int, layout: Layout, live: int) -> li
 def _matrices(config: GPTConfig, vocab: int, tensor: int) -> list[int]:
     """Elements of each matrix on one tensor rank."""
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    block = [config.dim * width // tensor for width in (queries, queries, keys, keys, *[config.hidden] * 3)]
+    block = [config.dim * width // tensor for width in (queries, queries, keys, keys)]
+    if config.moe is None:
+        block += [config.dim * config.hidden // tensor] * 3
+    else:  # the experts' matrices are stacked
+        block += [config.dim * config.moe.experts, *[config.moe.experts * config.dim * config.hidden] * 3]
     words = math.ceil(vocab / tensor) * config.dim
     return [*block * config.layers, *[words] * (1 if config.tied else 2)]

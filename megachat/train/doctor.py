@@ -91,7 +91,10 @@ class Doctor(Pretrain):
         """Prints what it finds."""
         tokenizer, corpus, about_data = self.data()
         job = self.planned(tokenizer.vocab if tokenizer else self.vocab)
-        print(f"A {short(job.parameters)} model on {job.ranks} x {self.device or here()}, run={self.run}")
+        size = short(job.parameters)
+        if job.model.moe is not None:
+            size += f" ({short(job.active)} active)"
+        print(f"A {size} model on {job.ranks} x {self.device or here()}, run={self.run}")
         sections = {"Data": iter(about_data), "Settings": self.settings(job, corpus)}
         if not self.elsewhere:
             sections = {"This machine": self.machine()} | sections

@@ -17,7 +17,7 @@ import torch
 
 from megachat.data.mixture import Mixture
 from megachat.model.gpt import GPTConfig
-from megachat.model.size import flops_per_token, parameters
+from megachat.model.size import active_parameters, flops_per_token, parameters
 from megachat.parallel.engine import Parallel
 from megachat.train.memory import ROOM, Memory, Run, largest_micro_batch, memory, moments_of
 from megachat.train.optimizers import SGD, Optimizer
@@ -95,6 +95,11 @@ class Job:
     def parameters(self) -> int:
         """Of the model."""
         return parameters(self.model, self.vocab)
+
+    @property
+    def active(self) -> int:
+        """Of those the ones that a token passes through."""
+        return active_parameters(self.model, self.vocab)
 
     @property
     def share(self) -> int:
@@ -302,10 +307,10 @@ def check_batch(job: Job) -> Finding:
 
 def check_tokens(job: Job, tokens: int, corpus: int | None) -> list[Finding]:
     """The budget against the size of the model, and of the corpus where it is known."""
-    each = tokens / job.parameters
-    text = f"{short(tokens)} for {short(job.parameters)} parameters, {each:.3g} a parameter"
+    each, kind = tokens / job.active, "parameters" if job.model.moe is None else "active parameters"
+    text = f"{short(tokens)} for {short(job.active)} {kind}, {each:.3g} a parameter"
     if each < OPTIMAL / 4:
-        remedy = f"20 a parameter, {short(OPTIMAL * job.parameters)}, make the most of the computation"
+        remedy = f"20 a parameter, {short(OPTIMAL * job.active)}, make the most of the computation"
         found = [Finding("warning", "tokens", text, remedy)]
     else:
         found = [Finding("ok", "tokens", text)]
@@ -348,7 +353,8 @@ def check_rate(job: Job) -> Finding:
 
 def check_tensor(job: Job, per_node: int) -> Finding | None:
     """Ranks that share a model or rows talk in every layer, so they should share a node."""
-    for name, degree in (("tensor", job.parallel.tensor), ("sequence", job.parallel.sequence)):
+    for name in ("tensor", "sequence", "expert"):
+        degree = getattr(job.parallel, name)
         if job.ranks % degree:
             text = f"parallel.{name}={degree} does not divide {job.ranks} ranks"
             return Finding("problem", "layout", text, "choose a multiple of it for the number of GPUs")

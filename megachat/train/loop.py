@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from megachat.data.loader import places
@@ -170,6 +170,12 @@ class Losses:
     """Sums to be reported as means, such as {"accuracy": number of pairs ranked right}."""
 
 
+def load_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """For `Losses.metrics`: how busy the busiest expert was just now; nothing of a dense model."""
+    load = checkpoint.trunk(model).load
+    return {} if load is None else {"expert_load": load * batch.weight}
+
+
 @dataclass
 class Running:
     """A stage at work: what its methods are given."""
@@ -212,8 +218,10 @@ class Running:
 
     @property
     def synced(self) -> Callable[[bool], bool] | None:
-        """For `generate`: under ZeRO-3 every rank must go on until the last has finished."""
-        sharded = self.mesh.world > 1 and any(engine.parallel.zero == 3 for engine in self.engines.values())
+        """For `generate`: where ranks need each other in a forward pass, all go on until the last is done."""
+        sharded = self.mesh.world > 1 and any(
+            engine.parallel.zero == 3 or engine.parallel.expert > 1 for engine in self.engines.values()
+        )
         return self.mesh.all if sharded else None
 
 
@@ -281,7 +289,7 @@ class Task(Stage):
     @classmethod
     def _divides_the_job(cls, parallel: Parallel) -> Parallel:
         world = expected_world()
-        for name in ("tensor", "sequence"):
+        for name in ("tensor", "sequence", "expert"):
             if cls.trains and world % getattr(parallel, name):
                 raise ValueError(
                     f"{name}={getattr(parallel, name)} does not divide the {world} processes of this job; "
@@ -293,6 +301,15 @@ class Task(Stage):
                 f"pretrain does; use sequence=1 for {cls.name}"
             )
         return parallel
+
+    @model_validator(mode="after")
+    def _orthogonal_matrices_are_whole(self) -> "Task":
+        if self.parallel.expert > 1 and self.optimizer.orthogonal:
+            raise ValueError(
+                f"parallel.expert={self.parallel.expert} spreads matrices over ranks that optimizer=muon "
+                "wants to gather; use optimizer=adamw, or parallel.expert=1"
+            )
+        return self
 
     @property
     def continues(self) -> bool:
@@ -394,7 +411,7 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     # One rank's word: on another node a copy of a file may have another time.
     run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
     trunk = checkpoint.trunk(models["model"])
-    check_fits(trunk.config, task.parallel.tensor)
+    check_fits(trunk.config, task.parallel.tensor, task.parallel.expert)
     run.flops = flops_of(task, models["model"])
     if task.preflight and (mesh.world > 1 or mesh.device.type == "cuda"):
         watch.at("preflight")

@@ -25,6 +25,8 @@ LIVE = 1_000_000_000
 """Numbers that ZeRO 3 leaves gathered at once, DeepSpeed's default."""
 ALL_REDUCE = 500_000_000
 """Numbers that DeepSpeed flattens at once where it has no bucket, in ZeRO 0 and its `BF16_Optimizer`."""
+ROUTED = 24
+"""Bytes that a router leaves of each token and expert: scores, probabilities, picks in fp32, and copies."""
 ROOM = 0.92
 """The share of a GPU's memory that tensors may fill: CUDA, NCCL, and gaps between tensors take the rest."""
 
@@ -130,8 +132,9 @@ def memory(run: Run) -> Memory:
 
     Of a GPU's rank: what is offloaded is the host's. A CPU is both.
     """
-    own = parameters_per_rank(run.model, run.vocab, run.parallel.tensor)
-    sharded = math.ceil(own / run.replicas)
+    own = parameters_per_rank(run.model, run.vocab, run.parallel.tensor, run.parallel.expert)
+    # An expert that fewer ranks hold is sharded over fewer, so that a share is as large as without.
+    sharded = math.ceil(parameters_per_rank(run.model, run.vocab, run.parallel.tensor) / run.replicas)
     zero, width = run.parallel.zero, 4 if run.autocast else run.width
     cut_weights, cut_rest = zero == 3, zero > 0
     weights = width * (sharded if cut_weights else own)
@@ -159,13 +162,18 @@ def memory(run: Run) -> Memory:
     return replace(left, weights=0) if run.parallel.offload == "parameters" else left
 
 
-def parameters_per_rank(model: GPTConfig, vocab: int, tensor: int) -> int:
-    """Weights that a tensor-parallel rank holds: its share of all matrices, and norms whole.
+def parameters_per_rank(model: GPTConfig, vocab: int, tensor: int, expert: int = 1) -> int:
+    """Weights that one rank holds before ZeRO shards them: its share of what is cut, and norms whole.
 
-    Of a vocabulary that cannot be divided, those of the rank with the most words.
+    Tensor-parallel ranks share all matrices (of a vocabulary that cannot be divided, those of the rank with
+    the most words), expert-parallel ones the experts alone.
     """
     matrices = _matrices(model)
-    return parameters(model, words(vocab, tensor)) - model.layers * (matrices - matrices // tensor)
+    held = parameters(model, words(vocab, tensor)) - model.layers * (matrices - matrices // tensor)
+    if model.moe is not None:
+        elsewhere = model.moe.experts - model.moe.experts // expert
+        held -= model.layers * elsewhere * 3 * model.dim * model.hidden
+    return held
 
 
 def words(vocab: int, tensor: int) -> int:
@@ -198,7 +206,8 @@ def _embedding(run: Run) -> int:
 
 def _largest(run: Run) -> int:
     """The weights of the largest matrix that a rank holds."""
-    return max(_embedding(run), run.model.dim * run.model.hidden // run.parallel.tensor)
+    stacked = 1 if run.model.moe is None else run.model.moe.experts // run.parallel.expert
+    return max(_embedding(run), stacked * run.model.dim * run.model.hidden // run.parallel.tensor)
 
 
 def _master_apart(run: Run) -> bool:
@@ -229,12 +238,13 @@ def _activations(run: Run) -> int:
 
 
 def _widths(run: Run) -> tuple[int, int, int]:
-    """Numbers of a token in this rank's queries, keys, and MLP."""
+    """Numbers of a token in this rank's queries, keys, and MLP, or in all experts that it passes through."""
     model, tensor = run.model, run.parallel.tensor
+    passed = 1 if model.moe is None else model.moe.per_token
     return (
         model.heads * model.head_dim // tensor,
         model.kv_heads * model.head_dim // tensor,
-        model.hidden // tensor,
+        passed * model.hidden // tensor,
     )
 
 
@@ -256,13 +266,17 @@ def block_bytes(run: Run) -> int:
 
     Four norms; what they give the products of q, k, v and of gate and up to read, under autocast a cast copy
     for each; q, k, v and the result in attention, and the result once more as `out` reads it; and in the MLP
-    both factors, the activation, and the product that `down` reads.
+    both factors, the activation, and the product that `down` reads. Of a mixture the same in each expert that
+    the token passes through, with its input and what it gave, and what the router knows of all of them.
     """
     model, width = run.model, run.width
     heads, keys, hidden = _widths(run)
     norms = 2 * _norm_bytes(run, model.dim) + (_norm_bytes(run, heads + keys) if model.qk_norm else 0)
     read = width * model.dim * (5 if run.autocast else 2)
-    return norms + read + _attention(run, heads, keys) + width * (heads + 4 * hidden)
+    routed = 0
+    if model.moe is not None:
+        routed = 2 * width * model.dim * model.moe.per_token + ROUTED * model.moe.experts
+    return norms + read + _attention(run, heads, keys) + width * (heads + 4 * hidden) + routed
 
 
 def _attention(run: Run, heads: int, keys: int) -> int:

@@ -52,7 +52,17 @@ from megachat.train.forecast import (
     check_vocabulary,
     room_here,
 )
-from megachat.train.loop import STAYS, Batch, Losses, Running, check_shards, mapped, micro_batches, parts
+from megachat.train.loop import (
+    STAYS,
+    Batch,
+    Losses,
+    Running,
+    check_shards,
+    load_of,
+    mapped,
+    micro_batches,
+    parts,
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Pretrain(Fed):
             raise ValueError(
                 f"context ({self.context}) is longer than the model's (model.context={self.model.context})"
             )
-        check_fits(self.model, self.parallel.tensor)
+        check_fits(self.model, self.parallel.tensor, self.parallel.expert)
         check_rows(self.model, self.parallel.sequence, self.context)
         return self
 
@@ -240,7 +250,9 @@ class Pretrain(Fed):
 
     def loss(self, run: Running, batch: Tokens) -> Losses:
         """Cross-entropy summed over tokens."""
-        return Losses({"model": run.engines["model"](batch.inputs, batch.documents, labels=batch.labels)})
+        engine = run.engines["model"]
+        loss = engine(batch.inputs, batch.documents, labels=batch.labels)
+        return Losses({"model": loss}, load_of(engine.module, batch))
 
     def measure(self, run: Running) -> dict[str, float]:
         """Bits per byte of held-out documents: of the same windows on any number of ranks."""

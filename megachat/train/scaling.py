@@ -7,6 +7,7 @@ other settings. A setting that is given is not derived, and what follows from it
 - Shape: 64 numbers wide for every block, as nanochat's dial has it; how wide and how deep matters little for
   the same size (Kaplan et al., 2020, https://arxiv.org/abs/2001.08361, section 3.1).
 - Tokens: 20 for every parameter (Hoffmann et al., 2022, https://arxiv.org/abs/2203.15556, table 3).
+  Of a mixture of experts those count, here and below, that a token passes through.
 - Batch and learning rate: 0.2920 C^0.3271 tokens and 0.3118 C^-0.1250, where C is the compute of the whole
   run (DeepSeek LLM, 2024, https://arxiv.org/abs/2401.02954, section 3.1), with AdamW, betas 0.9 and 0.95,
   weight decay 0.1, norms of gradients clipped at 1, and a rate that stays at its peak for most of the run.
@@ -25,7 +26,7 @@ import math
 from pydantic import PositiveFloat, PositiveInt, validate_call
 
 from megachat.model.gpt import GPTConfig
-from megachat.model.size import parameters
+from megachat.model.size import active_parameters
 
 ASPECT = 64
 """Numbers of width for every block."""
@@ -59,8 +60,8 @@ def hidden(dim: PositiveInt) -> int:
 
 @validate_call
 def optimal_tokens(model: GPTConfig, vocab: PositiveInt) -> int:
-    """Compute-optimal: 20 for every parameter."""
-    return TOKENS_PER_PARAMETER * parameters(model, vocab)
+    """Compute-optimal: 20 for every parameter that a token passes through."""
+    return TOKENS_PER_PARAMETER * active_parameters(model, vocab)
 
 
 @validate_call
@@ -87,7 +88,7 @@ def weight_decay(
     lr: PositiveFloat,
 ) -> float:
     """As much as leaves AdamW the same memory as at 20 tokens a parameter, but for their power law."""
-    usual = TOKENS_PER_PARAMETER * parameters(model, vocab)
+    usual = TOKENS_PER_PARAMETER * active_parameters(model, vocab)
     usual_rows = optimal_batch(model, usual, context)
     usual_lr = learning_rate(model, usual, context, usual_rows)
     share = (batch / (lr * tokens)) / (usual_rows / (usual_lr * usual))
@@ -101,4 +102,4 @@ def compute(model: GPTConfig, tokens: int, context: int) -> float:
     for each token.
     """
     attention = 12 * model.layers * model.heads * model.head_dim * context
-    return float((6 * parameters(model, 0) + attention) * tokens)
+    return float((6 * active_parameters(model, 0) + attention) * tokens)

@@ -82,9 +82,9 @@ def test_under_autocast_the_weight_is_fp32_and_the_products_bf16() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_given_labels_returns_what_its_logits_cost(tied: bool) -> None:
     sizes = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48, "context": 64}
-    model = GPTConfig(**sizes, rope_base=10000.0, qk_norm=True, tied=tied, norm_eps=1e-6, dropout=0.0).build(
-        300
-    )
+    model = GPTConfig(
+        **sizes, moe=None, rope_base=10000.0, qk_norm=True, tied=tied, norm_eps=1e-6, dropout=0.0
+    ).build(300)
     tokens, labels = torch.randint(300, (2, 2, 16))
     labels[0, 3:7] = IGNORE
     each = F.cross_entropy(model(tokens).transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")

@@ -12,7 +12,7 @@ from megachat.model.layers import Rope
 
 TINY = GPTConfig(
     dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64, rope_base=10_000.0,
-    qk_norm=True, tied=True, norm_eps=1e-6, dropout=0.0,
+    moe=None, qk_norm=True, tied=True, norm_eps=1e-6, dropout=0.0,
 )  # fmt: skip
 VOCAB = 50
 

@@ -42,7 +42,7 @@ def test_parameters_are_counted_whatever_is_tied_or_normalised(qk_norm: bool, ti
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_the_first_line_of_a_models_file_gives_its_size(path: Path) -> None:
-    vocab = 4096 if path.stem in ("gpt_3m", "gpt_6m") else 65536
+    vocab = 4096 if path.stem in ("gpt_3m", "gpt_6m", "gpt_moe_8m") else 65536
     millions = parameters(read(path), vocab) / 1e6
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == f"# {millions:,.1f} M parameters with a vocabulary of {vocab:,}"

@@ -20,6 +20,7 @@ from tests.spawn import on_ranks
 from tests.tiny_run import make, pretrain
 
 STEPS = 10
+EXPERTS = "model.hidden=32 model.moe={experts:4,per_token:2,balance:0.05,router_z:0.001}"
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def curve(run: Path, *overrides: str) -> list[list[float]]:
     return out
 
 
-def compare(run: Path, *layouts: str) -> None:
+def compare(run: Path, *layouts: str, reference: str = "reference") -> None:
     """Each layout's ten losses and norms against those of one process, to 1e-4."""
-    expected = torch.tensor(json.loads((run / "reference.json").read_text()))
+    expected = torch.tensor(json.loads((run / f"{reference}.json").read_text()))
     for overrides in layouts:
         found = torch.tensor(curve(run, *overrides.split()))
         torch.testing.assert_close(
@@ -59,6 +60,20 @@ def compare(run: Path, *layouts: str) -> None:
 @on_ranks(1)
 def reference(tiny: Path) -> None:
     (tiny / "reference.json").write_text(json.dumps(curve(tiny, "parallel=zero0", "parallel.precision=fp32")))
+
+
+@on_ranks(1)
+def reference_of_experts(tiny: Path) -> None:
+    plain = ["parallel=zero0", "parallel.precision=fp32", *EXPERTS.split()]
+    (tiny / "experts.json").write_text(json.dumps(curve(tiny, *plain)))
+
+
+@pytest.fixture(scope="module")
+def measured_experts(tiny: Path) -> Path:
+    reference_of_experts(tiny=tiny)
+    losses = [loss for loss, _ in json.loads((tiny / "experts.json").read_text())]
+    assert losses[-1] < losses[0] - 0.5
+    return tiny
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +158,39 @@ def test_fp8_learns_as_bf16_does(tiny: Path, recipe: str) -> None:
 
 @pytest.mark.slow
 @on_ranks(2)
+def test_experts_on_two_data_ranks_at_zero_0_to_3_are_trained_as_on_one(measured_experts: Path) -> None:
+    compare(measured_experts, *(f"{one} {EXPERTS}" for one in layouts("0123", 1)), reference="experts")
+
+
+def spread(zeros: str, *overrides: str) -> list[str]:
+    """Two ranks, or two for each copy, share the experts."""
+    return [" ".join([one, "parallel.expert=2", EXPERTS, *overrides]) for one in layouts(zeros, 1)]
+
+
+@on_ranks(2)
+def test_experts_spread_over_two_ranks_are_trained_as_on_one(measured_experts: Path) -> None:
+    compare(measured_experts, *spread("01"), reference="experts")
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_experts_spread_over_two_ranks_at_zero_2_and_3_or_recomputed_are_trained_as_on_one(
+    measured_experts: Path,
+) -> None:
+    again = spread("1", "parallel.checkpointing=full")
+    compare(measured_experts, *spread("23"), *again, reference="experts")
+
+
+@pytest.mark.slow
+@on_ranks(4)
+def test_two_copies_of_experts_spread_over_two_ranks_each_are_trained_as_on_one(
+    measured_experts: Path,
+) -> None:
+    compare(measured_experts, *spread("0123"), reference="experts")
+
+
+@pytest.mark.slow
+@on_ranks(2)
 def test_two_tensor_ranks_at_zero_0_to_3_equal_one_process(measured: Path) -> None:
     compare(measured, *layouts("0123", 2))
 
@@ -200,10 +248,41 @@ def test_what_only_the_model_tells_is_said_with_its_remedy(tiny: Path) -> None:
             "parallel.fp8=rowwise parallel.precision=bf16 model.hidden=72",
             r"mlp.gate is 32 x 72, and both must be multiples of 16",
         ),
+        (f"parallel.fp8=rowwise parallel.precision=bf16 {EXPERTS}", "has no products for the experts"),
+        (f"parallel.compile=true {EXPERTS}", "which torch.compile must know; set"),
         ("parallel.zero=2 parallel.offload=optimizer optimizer=muon", r"use optimizer=adamw, or"),
     ):
         with pytest.raises(ValueError, match=message):
             curve(tiny, *settings.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("parallel.expert=2", "parallel.expert=2 spreads experts, and the model has none"),
+        (
+            f"parallel.expert=3 {EXPERTS}",
+            r"expert=3 does not divide model.moe.experts=4; use one of \[1, 2, 4\]",
+        ),
+        (f"parallel.expert=4 {EXPERTS}", r"expert=4 does not divide the 6 processes .* \[1, 2, 3, 6\]"),
+        (f"parallel.expert=2 parallel=zero2 parallel.offload=optimizer {EXPERTS}", "use one of them"),
+        (f"parallel.expert=2 optimizer=muon {EXPERTS}", "spreads matrices over ranks that optimizer=muon"),
+        (f"parallel.sequence=2 {EXPERTS}", "parallel.sequence=2 leaves routers no whole rows"),
+        (f"parallel.expert=2 parallel.tensor=2 {EXPERTS}", "expert=2 and tensor=2: one of them must be 1"),
+    ],
+)
+def test_a_spread_of_experts_that_cannot_be_is_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, told: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match=told):
+        pretrain(tiny, *overrides.split())
+
+
+def test_tensor_parallelism_does_not_cut_experts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"parallel.tensor=2 does not cut the experts of a mixture"):
+        pretrain(tiny, "parallel.tensor=2", *EXPERTS.split())
 
 
 @on_ranks(1)

@@ -14,7 +14,7 @@ CLUSTER = Cluster(
 )
 MODEL = GPTConfig(
     dim=8, layers=3, heads=4, kv_heads=4, head_dim=2, hidden=16, context=32, rope_base=1e4,
-    qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
+    moe=None, qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
 )  # fmt: skip
 
 

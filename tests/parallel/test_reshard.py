@@ -17,6 +17,7 @@ from tests.spawn import on_ranks
 from tests.tiny_run import pretrain
 
 STEPS = 5
+EXPERTS = "model.hidden=32 model.moe={experts:4,per_token:2,balance:0.01,router_z:0.001}"
 VOCAB = 301
 """Which two tensor ranks do not divide."""
 TOKENS = torch.arange(24).view(2, 12) * 7 % VOCAB
@@ -69,13 +70,19 @@ def written(path: Path, *overrides: str) -> dict[str, Tensor]:
 
 
 def goes_through(
-    folder: Path, tensor: int, *zeros: int, precision: str = "fp32", optimizer: str = "adamw", more: str = ""
+    folder: Path,
+    tensor: int,
+    *zeros: int,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    more: str = "",
+    shape: str = "",
 ) -> None:
     """Into each ZeRO stage and out, a step, and back again in the middle of the run."""
     mesh = start(tensor)
     path = folder / f"step-{STEPS:08d}"
     if mesh.rank == 0:
-        torch.save(written(path, f"optimizer={optimizer}"), folder / "expected.pt")
+        torch.save(written(path, f"optimizer={optimizer}", *shape.split()), folder / "expected.pt")
     mesh.barrier()
     expected = torch.load(folder / "expected.pt", weights_only=True)
     saved = Checkpoint.open(path)
@@ -84,7 +91,7 @@ def goes_through(
         right = nats(plain(TOKENS)).item()
     for zero in zeros:
         torch.manual_seed(zero)
-        settings = [f"parallel.precision={precision}", f"optimizer={optimizer}", *more.split()]
+        settings = [f"parallel.precision={precision}", f"optimizer={optimizer}", *f"{more} {shape}".split()]
         engine = engine_of(task(zero, tensor, *settings), mesh)
         read = saved.reader("model")
         loaded: dict[str, int] = {}
@@ -176,6 +183,34 @@ def test_two_by_two_take_muons_momentum(tmp_path: Path) -> None:
 def test_what_lies_in_the_hosts_memory_is_taken_too(tmp_path: Path) -> None:
     goes_through(tmp_path, 1, 2, 3, more="parallel.offload=optimizer")
     goes_through(tmp_path / "parameters", 1, 3, more="parallel.offload=parameters")
+
+
+@on_ranks(1)
+def test_one_rank_takes_experts_at_every_zero_stage(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, shape=EXPERTS)
+
+
+@pytest.mark.slow
+@on_ranks(3)
+def test_three_ranks_that_divide_nothing_take_experts(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, shape=EXPERTS)
+
+
+@pytest.mark.slow
+@on_ranks(3)
+def test_three_ranks_take_muons_momentum_of_experts(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, optimizer="muon", shape=EXPERTS)
+
+
+@on_ranks(2)
+def test_two_ranks_that_share_the_experts_take_them_at_every_zero_stage(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, shape=EXPERTS, more="parallel.expert=2")
+
+
+@pytest.mark.slow
+@on_ranks(4)
+def test_two_copies_of_experts_on_two_ranks_each_take_them(tmp_path: Path) -> None:
+    goes_through(tmp_path, 1, 0, 1, 2, 3, shape=EXPERTS, more="parallel.expert=2")
 
 
 @on_ranks(1)

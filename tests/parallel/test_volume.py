@@ -7,7 +7,7 @@ from megachat.parallel.volume import Layout, Sent, held, volume
 
 TINY = GPTConfig(
     dim=8, layers=3, heads=4, kv_heads=2, head_dim=2, hidden=16, context=32, rope_base=1e4,
-    qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
+    moe=None, qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
 )  # fmt: skip
 """Of 10 words: embedding and head 80 each; a block has 64 + 32 + 32 + 64 + 3 * 128 = 576 and norms of
 8 + 8 + 2 + 2; a last norm of 8: 160 + 3 * 596 + 8 = 1,956."""

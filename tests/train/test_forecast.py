@@ -116,13 +116,15 @@ def test_learning_rates_far_from_gpt_3s_are_noticed() -> None:
     assert check_rate(job("optimizer=sgd")).level == "ok"
 
 
-def test_tensor_parallel_ranks_belong_on_one_node() -> None:
+@pytest.mark.parametrize("axis", ["tensor", "expert"])
+def test_ranks_that_talk_in_every_layer_belong_on_one_node(axis: str) -> None:
     assert check_tensor(job(), 8) is None
-    eight = job().parallel.model_copy(update={"tensor": 8})
+    eight = job().parallel.model_copy(update={axis: 8})
     assert check_tensor(job(parallel=eight, ranks=64), 8) is None
     found = check_tensor(job(parallel=eight, ranks=64), 4)
     assert found is not None
     assert found.level == "warning"
+    assert f"parallel.{axis}=8 spans" in found.text
     found = check_tensor(job(parallel=eight, ranks=12), 8)
     assert found is not None
     assert found.level == "problem"

@@ -247,14 +247,23 @@ def test_a_rank_whose_weights_have_come_apart_ends_the_run_before_they_are_saved
         assert [path.name for path in steps(run / "pretrain" / "checkpoints")] == ["step-00000003"]
 
 
-def flip(at: int) -> None:
+@pytest.mark.slow
+@on_ranks(4)
+def test_two_copies_of_spread_experts_that_have_come_apart_end_the_run(tiny: Path, tmp_path: Path) -> None:
+    experts = ["model.hidden=32", "model.moe={experts:4,per_token:2,balance:0.0,router_z:0.0}"]
+    flip(at=2, name="blocks.1.mlp.experts.w2", index=(0, 3, 4))
+    with pytest.raises(Unequal, match=r"blocks.1.mlp.experts.down"):
+        perform(pretrain(tmp_path, f"inputs={tiny}", *experts, "parallel.expert=2", "guard.compare=1"))
+
+
+def flip(at: int, name: str = "blocks.0.mlp.up.weight", index: tuple[int, ...] = (3, 4)) -> None:
     """Flips one bit of one weight on rank 1, at the end of a step."""
     original = Task.may_stop
 
     def may_stop(task: Task, run: Running) -> bool:
         if run.progress.step == at and run.mesh.rank == 1:
-            weight = dict(run.engines["model"].module.named_parameters())["blocks.0.mlp.up.weight"]
-            weight.data.view(torch.int32)[3, 4] ^= 1
+            weight = dict(run.engines["model"].module.named_parameters())[name]
+            weight.data.view(torch.int32)[index] ^= 1
             Pretrain.may_stop = original  # type: ignore[method-assign]
         return original(task, run)
 

@@ -108,6 +108,24 @@ def test_two_ranks_through_the_whole_loop_give_one_ranks_losses(tiny: Path, tmp_
     assert (run / "pretrain" / "done.json").is_file()
 
 
+@pytest.mark.slow
+def test_a_run_whose_experts_are_spread_over_two_ranks_goes_on_with_all_of_them_on_one(
+    tiny: Path, tmp_path: Path
+) -> None:
+    shape = ["model.hidden=32", "model.moe={experts:4,per_token:2,balance:0.05,router_z:0.001}"]
+    layout = ["parallel=zero1", "parallel.precision=fp32", "schedule=constant", "validation_interval=3"]
+    common = [f"inputs={tiny}", *layout, *shape]
+    trained(run=tmp_path / "one", overrides=common)
+    run = tmp_path / "two"
+    on_two(run=run, overrides=[*common, "parallel.expert=2", "guard.compare=1", "max_steps=6"])
+    trained(run=run, overrides=[*common, "resume=any"])
+    for figure, tolerance in (("loss", 1e-4), ("gradient_norm", 1e-3), ("validation/bits_per_byte", 1e-4)):
+        two, one = ([row[figure] for row in rows(path) if figure in row] for path in (run, tmp_path / "one"))
+        assert two == pytest.approx(one, rel=tolerance), figure
+    assert all(1 <= row["expert_load"] <= 2 for row in rows(run))  # of 4 experts 2 take all at most
+    assert all("expert_load" not in row for row in rows(tiny))
+
+
 @on_ranks(2)
 def test_a_host_that_misreads_token_shards_is_unfit_and_the_run_not_refused(tiny: Path) -> None:
     mesh = start(1)

@@ -62,6 +62,16 @@ def test_ranks_that_share_rows_shard_as_data_ranks_do_and_have_some_tokens_each(
     assert 2 * shared.activations - alone.activations == 16 * 2 * 4_096 * 4_096
 
 
+def test_expert_parallel_ranks_share_the_experts_and_hold_all_else() -> None:
+    # 16 blocks of 64 experts of 3 x 2048 x 1024; of 8 ranks one holds 8 experts a block.
+    whole = run("model=gpt_moe_7b")
+    spread = replace(whole, parallel=whole.parallel.model_copy(update={"expert": 8}))
+    alone, shared = memory(whole), memory(spread)
+    assert alone.weights - shared.weights == 2 * 16 * 56 * 3 * 2048 * 1024
+    # Their moments are sharded already: over 8 ranks, or over the one that holds them.
+    assert alone.moments == shared.moments
+
+
 def test_zero_1_in_bf16_holds_6_bytes_a_weight_and_shards_12() -> None:
     # 1,107,365,888 weights on 8 ranks: a share is 138,420,736.
     needed = memory(run())

@@ -13,7 +13,7 @@ from megachat.train.optimizers import SGD, Adam, AdamW, Muon, Optimizer
 
 TINY = GPTConfig(
     dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=12, context=16,
-    rope_base=1e4, qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
+    rope_base=1e4, moe=None, qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
 )  # fmt: skip
 MUON = Muon(lr=0.1, weight_decay=0.2, momentum=0.95, betas=(0.9, 0.95), eps=1e-12)
 

@@ -29,6 +29,7 @@ def shape(**sizes: int) -> GPTConfig:
         "tied": True,
         "norm_eps": 1e-6,
         "dropout": 0.0,
+        "moe": None,
     }
     return GPTConfig(**(fixed | sizes))
 

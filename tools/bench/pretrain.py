@@ -66,7 +66,7 @@ class Shape:
     checkpointing: bool = False
 
 
-LLAMA = {"rope_base": 10_000.0, "qk_norm": False, "tied": True, "norm_eps": 1e-6, "dropout": 0.0}
+LLAMA = {"moe": None, "rope_base": 10_000.0, "qk_norm": False, "tied": True, "norm_eps": 1e-6, "dropout": 0.0}
 """What Llama has: all programs can compute it."""
 CPU = Shape(
     "14M",
@@ -182,7 +182,7 @@ class Megachat:
 
 
 def _yaml(value: object) -> object:
-    return str(value).lower() if isinstance(value, bool) else value
+    return json.dumps(value) if value is None or isinstance(value, bool) else value
 
 
 Line = Program | Megachat

@@ -33,7 +33,7 @@ from tools.bench.elastic import gang
 VOCAB = 512
 TINY = GPTConfig(
     dim=512, layers=3, heads=4, kv_heads=2, head_dim=128, hidden=1024, context=32, rope_base=1e4,
-    qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
+    moe=None, qk_norm=True, tied=False, norm_eps=1e-6, dropout=0.0,
 )  # fmt: skip
 """Its matrices are large enough for ZeRO 3 to cut them."""
 COUNTED = "counted.json"
