@@ -58,8 +58,7 @@ def test_ranks_that_share_rows_shard_as_data_ranks_do_and_have_some_tokens_each(
     alone, shared = memory(run()), memory(run(parallel=two, data=4))
     assert shared.lasting == alone.lasting
     assert alone.head - shared.head == 2 * 2_048 * 2_048  # the gradient of the states of half the tokens
-    # All but a mask of whole rows: 2 bytes of each pair, in 16 blocks.
-    assert 2 * shared.activations - alone.activations == 16 * 2 * 4_096 * 4_096
+    assert 2 * shared.activations == alone.activations
 
 
 def test_expert_parallel_ranks_share_the_experts_and_hold_all_else() -> None:
