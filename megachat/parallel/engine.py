@@ -442,13 +442,15 @@ class Engine:
 
     def _clip_by_hand(self) -> float:
         """The global gradient norm, counting each logical parameter once, and the clip to it."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # whole, cut
-        gradients = []
+        uncut: list[Tensor] = []
+        cut: list[Tensor] = []
         for name, parameter in self._named():
             if parameter.grad is not None:
-                cut = split_axis(self.shapes[name], parameter.shape) is not None
-                squares[int(cut)] += parameter.grad.double().square().sum()
-                gradients.append(parameter.grad)
+                axis = split_axis(self.shapes[name], parameter.shape)
+                (uncut if axis is None else cut).append(parameter.grad)
+        gradients = uncut + cut
+        each = torch.stack(torch._foreach_norm(gradients)).double().square()
+        squares = torch.stack([each[: len(uncut)].sum(), each[len(uncut) :].sum()])
         if self._parts.ranks > 1:
             dist.all_reduce(squares, group=self._parts.group)
             squares[0] /= self._parts.ranks  # a gradient that is not finite must be so on all ranks
