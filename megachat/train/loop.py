@@ -465,6 +465,8 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
 
 def flops_of(task: Task, model: nn.Module) -> Flops | None:
     """What training this model takes; None where that is not counted."""
+    if not task.passes:
+        return None
     trunk = checkpoint.trunk(model)
     vocab = trunk.vocab if isinstance(model, GPT) else 0  # a score from each state is next to nothing
     again: dict[Checkpointing, Literal["none", "attention", "blocks"]] = {
