@@ -27,7 +27,7 @@ def build(tied: bool) -> GPT:
     sizes: dict[str, Any] = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48}
     torch.manual_seed(0)
     return GPTConfig(
-        **sizes, context=64, rope_base=1e4, qk_norm=True, tied=tied, norm_eps=1e-6, dropout=0.0
+        **sizes, context=64, rope_base=1e4, qk_norm=True, tied=tied, norm_eps=1e-6, dropout=0.0, moe=None
     ).build(VOCAB)
 
 

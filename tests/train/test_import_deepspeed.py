@@ -21,7 +21,7 @@ from tests.tiny_deepspeed import TINY, convert, deepspeed_engine, loss_of, save,
 from tests.tiny_model import spread
 from tests.tiny_run import make, pretrain, rows
 
-MODEL = [f"model.{name}={value}" for name, value in TINY.model_dump().items()]
+MODEL = [f"model.{name}={value}" for name, value in TINY.model_dump().items() if value is not None]
 
 
 @pytest.fixture(scope="module")
