@@ -55,9 +55,9 @@ def test_a_tensor_that_ranks_have_unequal_parts_of_is_put_together_along_any_axi
     mesh = start(3)
     full = torch.arange(40.0).view(10, 4)
     own = part_of(10, mesh.tensor_rank, 3)
-    assert torch.equal(whole(full[own.start : own.stop], 0, 10, mesh), full)
-    assert torch.equal(whole(full.T[:, own.start : own.stop], 1, 10, mesh), full.T)
-    assert torch.equal(whole(full, None, 10, mesh), full)
+    assert torch.equal(whole(full[own.start : own.stop], 0, 10, mesh.tensor_group, 3), full)
+    assert torch.equal(whole(full.T[:, own.start : own.stop], 1, 10, mesh.tensor_group, 3), full.T)
+    assert torch.equal(whole(full, None, 10, mesh.tensor_group, 3), full)
 
 
 @on_ranks(2)
