@@ -13,7 +13,7 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 
 from megachat.data.loader import ahead
-from megachat.train.loop import Batch, Running, Task, mapped
+from megachat.train.loop import Batch, Running, Task, mapped, moved
 
 B = TypeVar("B", bound=Batch)
 
@@ -47,7 +47,7 @@ class Lane:
     def send(self, batches: Sequence[B]) -> tuple[list[B], Any]:
         """They set out; with them what tells that they have arrived. From any thread."""
         if self.stream is None:
-            return [mapped(batch, lambda tensor: tensor.to(self.device)) for batch in batches], None
+            return [moved(batch, self.device) for batch in batches], None
         with torch.cuda.stream(self.stream):
             sent = [mapped(batch, self._copied) for batch in batches]
             return sent, self.stream.record_event()

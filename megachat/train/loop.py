@@ -118,6 +118,11 @@ def mapped(item: Any, act: Callable[[Tensor], Tensor]) -> Any:
     return replace(item, **{name: mapped(getattr(item, name), act) for name in going})
 
 
+def moved(item: Any, device: torch.device) -> Any:
+    """The same with its tensors on a device."""
+    return mapped(item, lambda tensor: tensor.to(device))
+
+
 def parts(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """The items in groups of at most `size`: a batch as micro-batches."""
     return [items[first : first + size] for first in range(0, len(items), size)]
@@ -146,7 +151,7 @@ def measured(
     most = math.ceil(len(items) / mesh.data)
     for batch in micro_batches(items[own.start : own.stop], most, size, collate, spare=items):
         run.pause()
-        yield mapped(batch, lambda tensor: tensor.to(mesh.device))
+        yield moved(batch, mesh.device)
 
 
 def check_shards(folder: Path, mesh: Mesh) -> None:

@@ -15,14 +15,13 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from megachat.model.attention import BLOCK
-from megachat.model.cross_entropy import LOGITS
+from megachat.model.cross_entropy import rows_at_once
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import parameters
 from megachat.parallel.engine import Parallel
+from megachat.parallel.volume import LIVE
 from megachat.train.optimizers import SGD, Muon, Optimizer
 
-LIVE = 1_000_000_000
-"""Numbers that ZeRO 3 leaves gathered at once, DeepSpeed's default."""
 ALL_REDUCE = 500_000_000
 """Numbers that DeepSpeed flattens at once where it has no bucket, in ZeRO 0 and its `BF16_Optimizer`."""
 ROUTED = 24
@@ -309,7 +308,7 @@ def _head(run: Run) -> int:
     """
     weight, states = _embedding(run), run.width * run.tokens * run.model.dim
     own_words = words(run.vocab, run.parallel.tensor)
-    rows = min(run.tokens, max(128, LOGITS["cuda" if run.cuda else "cpu"] // own_words // 128 * 128))
+    rows = min(run.tokens, rows_at_once(own_words, "cuda" if run.cuda else "cpu"))
     chunk = own_words * rows * (2 + 4 + 4 if run.bf16 else 4 + 4)
     widened = 4 if run.bf16 and not run.cuda else 0
     product = (run.width + widened) * weight + run.width * own_words * rows

@@ -59,8 +59,8 @@ from megachat.train.loop import (
     Running,
     check_shards,
     load_of,
-    mapped,
     micro_batches,
+    moved,
     parts,
 )
 
@@ -266,7 +266,7 @@ class Pretrain(Fed):
             for part in parts(places, self.micro_batch):
                 run.pause()
                 rows = [windows[chosen[place % len(chosen)]] for place in part]
-                batch = mapped(_collate(rows), lambda tensor: tensor.to(mesh.device))
+                batch = moved(_collate(rows), mesh.device)
                 counts = torch.tensor([place < len(chosen) for place in part], device=mesh.device)
                 labels = batch.labels.clamp(min=0)
                 weights = torch.where((batch.labels >= 0) & counts[:, None], lengths[labels], 0)
