@@ -388,13 +388,13 @@ def _reduction(run: Run, own: int, sharded: int) -> int:
 def _step(run: Run, own: int, sharded: int) -> int:
     """The gradients; then a norm of each in fp64, or a flat copy that ZeRO 1 in fp32, 2 in fp32, and 3 make.
 
-    ZeRO 0's norm is computed here, and squares a copy.
+    ZeRO 0's norm is computed here, without a copy.
     """
     zero, norm = run.parallel.zero, 8 * min(_largest(run), sharded)
     held = 4 * sharded
     temporary = max(norm, 4 * sharded)
     if zero == 0:
-        held, temporary = 4 * own, 16 * _largest(run)
+        held, temporary = 4 * own, 0
     elif _master_apart(run):
         held, temporary = (4 + 2) * own, 0
     elif zero == 2 and run.bf16:
