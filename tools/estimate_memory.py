@@ -23,12 +23,12 @@ import torch
 
 from megachat.config import compose, decode
 from megachat.data.loader import Window
-from megachat.parallel.engine import Engine, has_bf16
+from megachat.parallel.engine import has_bf16
 from megachat.parallel.mesh import environment_of, free_port, start
 from megachat.train.doctor import Doctor, breakdown
 from megachat.train.feed import Lane
 from megachat.train.forecast import Job
-from megachat.train.loop import Progress, Running, attempt_step
+from megachat.train.loop import Progress, Running, attempt_step, engines
 from megachat.train.pretrain import Tokens, _collate
 
 STEPS = 2
@@ -133,11 +133,9 @@ def steps(task: Doctor, job: Job) -> int:
     mesh = start(task.parallel.tensor, sequence=task.parallel.sequence)
     before = resident("VmRSS")
     torch.manual_seed(0)
-    model = task.model.build(job.vocab).to(mesh.device)
-    groups = task.optimizer.groups(model)
-    engine = Engine(model, task.optimizer.build, groups, task.parallel, task.clip, mesh)
-    del model, groups
-    run = Running(mesh, None, Progress(), engines={"model": engine})  # type: ignore[arg-type]
+    blueprint = task.model.blueprint(job.vocab, mesh.device)
+    run = Running(mesh, None, Progress())  # type: ignore[arg-type]
+    run.engines = engines(task, {"model": blueprint}, mesh)
     draw = np.random.default_rng(mesh.data_rank)
 
     def batch() -> Tokens:

@@ -5,18 +5,19 @@ Log-probabilities are summed over the answer's tokens, not averaged: averaging f
 """
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from megachat.align.logprobs import answer_logps, token_logps
 from megachat.align.pairs import Data, Pair, Pairs, held_out_pairs, rendered, training_batches
 from megachat.align.rows import Rows
 from megachat.align.start import frozen, language_model, without_dropout
 from megachat.data.conversations import Preferences
+from megachat.model.blueprint import Blueprint
 from megachat.train.feed import Fed
 from megachat.train.loop import Batch, Losses, Running
 
@@ -63,11 +64,11 @@ class DPO(Fed):
         """The tokenizer and the fine-tuned model."""
         return ["tokenizer", self.start]
 
-    def models(self, run: Running) -> dict[str, nn.Module]:
+    def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The fine-tuned model."""
-        model = language_model(self, self.start, run)
-        without_dropout(model)
-        return {"model": model}
+        start = language_model(self, self.start, run)
+        without_dropout(start.model)
+        return {"model": start}
 
     def prepare(self, run: Running) -> int:
         """Loads the reference and renders the preferences; `held_out` ones are only measured."""

@@ -10,12 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from megachat.align.logprobs import entropy, token_logps
 from megachat.align.rm import last_score
@@ -24,6 +24,7 @@ from megachat.align.rows import Rows, drawn, padded, that_fit
 from megachat.align.start import frozen, language_model, scorer, without_dropout
 from megachat.data.conversations import Prompts, Split
 from megachat.data.loader import share
+from megachat.model.blueprint import Blueprint
 from megachat.model.draws import seed_of
 from megachat.model.generate import Sampling
 from megachat.tokenizer.chat_format import render_prompt
@@ -176,14 +177,14 @@ class PPO(Task):
         """The tokenizer, the fine-tuned model, and the reward model."""
         return ["tokenizer", self.start, self.reward]
 
-    def models(self, run: Running) -> dict[str, nn.Module]:
+    def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The fine-tuned model, and a critic that starts as the reward model."""
-        models = {
+        models: dict[str, Blueprint[Any]] = {
             "model": language_model(self, self.start, run),
             "critic": scorer(self, self.reward, run),
         }
-        for model in models.values():
-            without_dropout(model)
+        for start in models.values():
+            without_dropout(start.model)
         return models
 
     def prepare(self, run: Running) -> int:

@@ -6,18 +6,19 @@ The reward is read at the last real token, which is the end of the answer, howev
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from megachat.align.pairs import Data, Pairs, held_out_pairs, rendered, training_batches
 from megachat.align.start import language_model
 from megachat.data.conversations import Preferences
-from megachat.model.heads import Scalar
+from megachat.model.blueprint import Blueprint
+from megachat.model.heads import scored
 from megachat.train.feed import Fed
 from megachat.train.loop import Batch, Losses, Running
 
@@ -57,9 +58,9 @@ class RM(Fed):
         """The tokenizer and the fine-tuned model."""
         return ["tokenizer", self.start]
 
-    def models(self, run: Running) -> dict[str, nn.Module]:
+    def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The fine-tuned model with a fresh score in place of its output layer."""
-        return {"model": Scalar(language_model(self, self.start, run))}
+        return {"model": scored(language_model(self, self.start, run))}
 
     def prepare(self, run: Running) -> int:
         """Renders the preferences; `held_out` ones are only measured."""

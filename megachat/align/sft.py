@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
@@ -20,6 +20,7 @@ from megachat.data.conversations import Conversations, Encoded, Message, opening
 from megachat.data.loader import places
 from megachat.data.shards import read_split
 from megachat.log import say
+from megachat.model.blueprint import Blueprint
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Sampling, generate
 from megachat.model.size import Work
@@ -101,7 +102,7 @@ class SFT(Fed):
             *(["encode_chat"] if isinstance(self.conversations, Encoded) else []),
         ]
 
-    def models(self, run: Running) -> dict[str, nn.Module]:
+    def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The base model."""
         return {"model": language_model(self, self.start, run)}
 

@@ -4,34 +4,38 @@ What judges is frozen and comes from that stage's folder on every start, also of
 reference taken from the policy at a restart would make its KL 0 without a word.
 """
 
+from typing import Any
+
 from torch import nn
 
+from megachat.model.blueprint import Blueprint
 from megachat.model.gpt import GPT, Block
 from megachat.model.heads import Scalar
 from megachat.parallel import checkpoint
 from megachat.train.loop import Running, Task
 
 
-def language_model(task: Task, stage: str, run: Running) -> GPT:
+def language_model(task: Task, stage: str, run: Running) -> Blueprint[GPT]:
     """The model of a stage that writes text."""
-    model = _load(task, stage, run)
-    if not isinstance(model, GPT):
+    found = _open(task, stage, run)
+    if not isinstance(found.model, GPT):
         raise ValueError(f"{task.name} needs a model that writes text; `{stage}` trained one that scores it")
-    return model
+    return Blueprint(found.model, found.read)
 
 
-def scorer(task: Task, stage: str, run: Running) -> Scalar:
+def scorer(task: Task, stage: str, run: Running) -> Blueprint[Scalar]:
     """The model of a stage that scores text."""
-    model = _load(task, stage, run)
-    if not isinstance(model, Scalar):
+    found = _open(task, stage, run)
+    if not isinstance(found.model, Scalar):
         raise ValueError(f"{task.name} needs a reward model; `{stage}` trained one that writes text")
-    return model
+    return Blueprint(found.model, found.read)
 
 
-def frozen(model: nn.Module, run: Running) -> nn.Module:
+def frozen(judge: Blueprint[Any], run: Running) -> nn.Module:
     """A judge: no gradients, no dropout, on the device and in the precision of the model in training."""
     precision = next(run.engines["model"].module.parameters()).dtype
-    return model.to(run.mesh.device, precision).requires_grad_(False).eval()
+    model: nn.Module = judge.whole(run.mesh.device, precision)
+    return model.requires_grad_(False).eval()
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -41,15 +45,16 @@ def without_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
-def _load(task: Task, stage: str, run: Running) -> nn.Module:
+def _open(task: Task, stage: str, run: Running) -> Blueprint[nn.Module]:
     folder = task.input(stage)
-    checkpoint.latest(folder).check_tokenizer(run.tokenizer)
-    model = checkpoint.load_model(folder, mesh=run.mesh).model
-    trunk = model.trunk if isinstance(model, Scalar) else model
-    assert isinstance(trunk, GPT)
+    newest = checkpoint.latest(folder)
+    newest.check_tokenizer(run.tokenizer)
+    newest.verify_together(run.mesh)
+    found = checkpoint.blueprint(newest, "model")
+    trunk = checkpoint.trunk(found.model)
     if task.context > trunk.config.context:
         raise ValueError(
             f"context={task.context} is longer than the {trunk.config.context} tokens that `{stage}` reads; "
             f"use context={trunk.config.context} or less"
         )
-    return model.train()
+    return found

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megachat.config import Config
+from megachat.model.blueprint import Blueprint, drawn
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.layers import MLP, VARLEN, Attention, Cache, Past, Rope, Spans
 from megachat.model.moe import MoE, MoEConfig, routing
@@ -78,11 +79,15 @@ class GPTConfig(Config):
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one")
         return self
 
+    def blueprint(self, vocab: int, device: torch.device | str = "cpu") -> "Blueprint[GPT]":
+        """A model whose weights will be drawn on `device`; they follow from `torch.manual_seed` now."""
+        with torch.device("meta"):
+            model = GPT(self, vocab)
+        return Blueprint(model, drawn(model, model.distribution, device))
+
     def build(self, vocab: int) -> "GPT":
         """A model with fresh weights, which follow from `torch.manual_seed`."""
-        model = GPT(self, vocab)
-        initialise(model)
-        return model
+        return self.blueprint(vocab).whole()
 
 
 class Block(nn.Module):
@@ -190,6 +195,18 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tied else Output(config.dim, vocab, bias=False)
 
+    def distribution(self, name: str) -> tuple[float, float]:
+        """Mean and deviation of fresh weights: normal of deviation 0.02, norms 1.
+
+        What writes to the residual stream is drawn smaller by sqrt(2 x layers), so that its sum is as large
+        in a deep model as in a shallow one (Radford et al., 2019).
+        """
+        if name.endswith("norm.weight"):
+            return 1.0, 0.0
+        if name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.experts.down")):
+            return 0.0, 0.02 / (2 * self.config.layers) ** 0.5
+        return 0.0, 0.02
+
     def forward(
         self,
         tokens: Int[Tensor, "batch seq"],
@@ -286,20 +303,3 @@ class GPT(nn.Module):
 def same_document(documents: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
     """Causal attention that does not cross from one document into another."""
     return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-
-
-def initialise(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Sets every weight: normal of deviation 0.02, norms 1, biases 0.
-
-    What writes to the residual stream is drawn smaller by sqrt(2 x layers), so that its sum is as large in a
-    deep model as in a shallow one (Radford et al., 2019).
-    """
-    blocks = sum(isinstance(module, Block) for module in model.modules())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(float(name.endswith("weight")))
-            elif name.endswith(("attn.out.weight", "mlp.down.weight", "mlp.experts.down")):
-                parameter.normal_(0.0, 0.02 / (2 * blocks) ** 0.5, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)

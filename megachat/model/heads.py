@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from megachat.model.blueprint import Blueprint
 from megachat.model.gpt import GPT
 
 
@@ -46,3 +47,16 @@ class Scalar(nn.Module):
         """The score of each prefix of each row."""
         scores: Tensor = self.score(self.trunk.hidden(tokens, documents))
         return scores
+
+
+def scored(trunk: Blueprint[GPT]) -> Blueprint[Scalar]:
+    """The trunk's weights under a fresh score."""
+    model = Scalar(trunk.model)
+    fresh = {f"weight.score.{name}": value.clone() for name, value in model.score.state_dict().items()}
+
+    def read(name: str, *index: slice) -> Tensor:
+        if name in fresh:
+            return fresh[name][index]
+        return trunk.read(name.replace("weight.trunk.", "weight.", 1), *index)
+
+    return Blueprint(model, read)

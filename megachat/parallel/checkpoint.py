@@ -24,9 +24,9 @@ from megachat import __version__
 from megachat.config import ConfigError, decode
 from megachat.files import patiently, sha256, write_json
 from megachat.log import say
+from megachat.model.blueprint import Blueprint, Read
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
-from megachat.parallel.engine import Read
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.preflight import read_again
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -62,9 +62,11 @@ def trunk(model: nn.Module) -> GPT:
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
-    """The model that `architecture` described, with fresh weights."""
-    body = decode({"moe": None} | description["config"]).build(description["vocab"])  # older ones have none
-    return Scalar(body) if description["head"] == "scalar" else body
+    """The model that `architecture` described, without weights: on the meta device."""
+    config = decode({"moe": None} | description["config"])  # older ones have none
+    body = config.blueprint(description["vocab"]).model
+    with torch.device("meta"):
+        return Scalar(body) if description["head"] == "scalar" else body
 
 
 def steps(folder: Path) -> list[Path]:
@@ -342,10 +344,8 @@ def latest(stage: Path) -> Checkpoint:
     return Checkpoint.open(found[-1])
 
 
-def load_weights(
-    checkpoint: Checkpoint, role: str, device: torch.device | str, dtype: torch.dtype | None
-) -> nn.Module:
-    """A model of the checkpoint with its weights."""
+def blueprint(checkpoint: Checkpoint, role: str) -> Blueprint[nn.Module]:
+    """A model of the checkpoint, of which no weight has been read yet."""
     if role not in checkpoint.manifest["architecture"]:
         raise ValueError(
             f"{checkpoint.path} has no {role!r}; it has {sorted(checkpoint.manifest['architecture'])}"
@@ -354,11 +354,7 @@ def load_weights(
         model = build(checkpoint.manifest["architecture"][role])
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint.path / MANIFEST} does not describe a model: {error}") from None
-    read = checkpoint.reader(role)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read(f"weight.{name}"))
-    return model.to(device=device, dtype=dtype)
+    return Blueprint(model, checkpoint.reader(role))
 
 
 def load_model(
@@ -380,7 +376,7 @@ def load_model(
     tokenizer = Tokenizer.load(stage)
     checkpoint.check_tokenizer(tokenizer)
     return Loaded(
-        load_weights(checkpoint, role, device, dtype).eval(),
+        blueprint(checkpoint, role).whole(device, dtype).eval(),
         tokenizer,
         checkpoint.manifest["progress"]["step"],
     )

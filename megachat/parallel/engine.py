@@ -29,13 +29,21 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from megachat.config import Config
+from megachat.model.blueprint import Read
 from megachat.model.gpt import Block, Checkpointing
-from megachat.model.moe import MoE
+from megachat.model.moe import Experts, MoE
 from megachat.parallel.fp8 import use_fp8
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.muon import Groups, Muon, Piece, owners
 from megachat.parallel.sequence import share_rows
-from megachat.parallel.tensor import cut_vocabulary, part_of, partition_config, split_axis, whole
+from megachat.parallel.tensor import (
+    cut_by_deepspeed,
+    cut_vocabulary,
+    part_of,
+    partition_config,
+    split_axis,
+    whole,
+)
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -68,9 +76,6 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", Fu
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 # Compiling it takes a C++ compiler and 90 seconds; gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-Read = Callable[..., Tensor]
-"""`read(name)` gives a full tensor, `read(name, *slices)` the part of it that slices, one an axis, pick."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,8 @@ class Engine:
     ) -> None:
         """`groups` are optimizer parameter groups of `model`.
 
-        `clip` is the largest gradient norm, 0 for none.
+        What `model` has on the meta device gets memory, as far as this rank holds it, and then waits for
+        `fill` or `load_logical`. `clip` is the largest gradient norm, 0 for none.
         """
         self.mesh = mesh
         self.parallel = parallel
@@ -250,12 +256,16 @@ class Engine:
         cut_vocabulary(model, plan, mesh)
         share_rows(model, mesh, partial(DistributedAttention, scatter_idx=2, gather_idx=1))
         with _quiet():
-            self._prepare_blocks([module for module in model.modules() if isinstance(module, Block)])
+            blocks = [module for module in model.modules() if isinstance(module, Block)]
+            self._prepare_blocks(blocks)
+            config = self._deepspeed_config(plan, per_token)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                self._allocate(model, blocks, plan, config)
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 model_parameters=groups,
                 optimizer=lambda groups: build_optimizer(self._experts_apart(groups)),
-                config=self._deepspeed_config(plan, per_token),
+                config=config,
                 dist_init_required=False,
             )
         self.module: nn.Module = self._engine.module
@@ -281,6 +291,31 @@ class Engine:
                 block.compile()
             if compiled and not block.routed and parallel.zero == 3:
                 set_z3_leaf_module(block, True)  # gathered whole: compiled code calls no hooks of its layers
+
+    def _allocate(
+        self, model: nn.Module, blocks: Sequence[Block], plan: Mapping[str, str], config: dict[str, Any]
+    ) -> None:
+        """Memory for what is on the meta device: no more at any time than this rank will hold, and a block.
+
+        What AutoTP or AutoEP will cut is one number until then, seen as a tensor of the full shape, of which
+        they copy their part.
+        """
+        parallel, device = self.parallel, self.mesh.device
+        dtype = torch.bfloat16 if parallel.bf16 and not self._autocast else torch.float32
+        later = {
+            parameter
+            for name, module in model.named_modules()
+            if (parallel.tensor > 1 and cut_by_deepspeed(plan, name))
+            or (parallel.expert > 1 and isinstance(module, Experts))
+            for parameter in module.parameters(recurse=False)
+        }
+        sharded = parallel.zero == 3 and not later
+        for part in [*blocks, model] if sharded else [model]:  # of the model what is in no block
+            for parameter in part.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    _give_memory(parameter, dtype, device, parameter in later)
+            if sharded:
+                deepspeed.zero.Init(module=part, config_dict_or_path=config, dtype=dtype)
 
     def _deepspeed_config(self, plan: Mapping[str, str], per_token: int | None) -> dict[str, Any]:
         parallel, autocast = self.parallel, self.parallel.bf16 and self.parallel.zero == 0
@@ -519,6 +554,14 @@ class Engine:
         return max(counts, default=0)
 
     @torch.no_grad()
+    def fill(self, read: Read) -> None:
+        """Sets every weight, before the first step. `read` is asked for no more than this rank holds."""
+        for name, parameter in self._named():
+            self._write(
+                parameter, None, partial(self._piece, read, f"weight.{name}", self._local_shape(parameter))
+            )
+
+    @torch.no_grad()
     def load_logical(self, read: Read, steps: int) -> None:
         """Sets every weight and moment from full tensors, whatever layout wrote them.
 
@@ -686,6 +729,19 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     from deepspeed.runtime.zero.muon.original_muon import zeropower_via_gram_newtonschulz
 
     return inspect.unwrap(zeropower_via_gram_newtonschulz)(matrix, 5).to(matrix.dtype)
+
+
+def _give_memory(parameter: nn.Parameter, dtype: torch.dtype, device: torch.device, one: bool) -> None:
+    """Gives a parameter memory on the device, for all of it or for `one` number; it stays the same object."""
+    if not parameter.is_meta:
+        memory = parameter.detach().to(device, dtype)
+    elif one:
+        memory = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
+    else:
+        memory = torch.empty(parameter.shape, dtype=dtype, device=device)
+    real = nn.Parameter(memory, parameter.requires_grad)
+    real.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, real)
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

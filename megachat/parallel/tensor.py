@@ -30,7 +30,7 @@ def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
     """
     specs: list[dict[str, Any]] = []
     for module, cut in plan.items():
-        pattern = "^" + re.escape(module).replace(r"\*", r"\d+") + r"\.weight$"
+        pattern = f"^{_pattern(module)}\\.weight$"
         if cut in ("column", "row"):
             specs.append({"patterns": [pattern], "partition_type": cut})
         elif cut == "replicate-sum":
@@ -38,6 +38,16 @@ def partition_config(plan: Mapping[str, str]) -> dict[str, Any]:
         else:
             assert cut == "vocab", f"tensor_plan[{module!r}] is {cut!r}"
     return {"use_default_specs": False, "layer_specs": specs}
+
+
+def cut_by_deepspeed(plan: Mapping[str, str], module: str) -> bool:
+    """Whether AutoTP will cut the weight of a module."""
+    cuts = [cut for planned, cut in plan.items() if re.fullmatch(_pattern(planned), module)]
+    return any(cut in ("column", "row") for cut in cuts)
+
+
+def _pattern(module: str) -> str:
+    return re.escape(module).replace(r"\*", r"\d+")
 
 
 def cut_vocabulary(model: nn.Module, plan: Mapping[str, str], mesh: Mesh) -> None:

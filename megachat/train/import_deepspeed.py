@@ -73,8 +73,7 @@ class ImportDeepSpeed(Stage):
         if found := steps(checkpoints):
             raise ValueError(f"{found[-1]} is of a training that has not finished; give another run=...")
         tokenizer = Tokenizer.load(self.input("tokenizer"))
-        with torch.device("meta"):
-            model = self.model.build(tokenizer.vocab)
+        model = self.model.blueprint(tokenizer.vocab).model
         expected = {name: parameter.shape for name, parameter in model.named_parameters()}
         source = open_source(self.path, self.tag, self.moments)
         theirs = matched(source, list(expected), self.rename, self.ignore)

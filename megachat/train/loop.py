@@ -29,6 +29,7 @@ from megachat.data.loader import places
 from megachat.data.shards import first_damaged, written
 from megachat.files import sha256
 from megachat.log import Recorder, progress, say
+from megachat.model.blueprint import Blueprint
 from megachat.model.gpt import GPT, Checkpointing
 from megachat.model.size import NOTHING, Flops, Work
 from megachat.parallel import attempt, checkpoint
@@ -324,8 +325,8 @@ class Task(Stage):
     def foresee(self, run: Running) -> None:
         """Raises what can be told to be wrong before anything large is loaded. All ranks call it."""
 
-    def models(self, run: Running) -> dict[str, nn.Module]:
-        """The models to train, by role, with their starting weights."""
+    def models(self, run: Running) -> dict[str, Blueprint[Any]]:
+        """The models to train, by role, and their starting weights."""
         raise NotImplementedError
 
     def prepare(self, run: Running) -> int:
@@ -412,7 +413,8 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     run = Running(mesh, tokenizer, Progress(), watch=watch, fence=fence)
     if task.preflight:
         task.foresee(run)
-    models = task.models(run)
+    blueprints = task.models(run)
+    models = {role: blueprint.model for role, blueprint in blueprints.items()}
     # One rank's word: on another node a copy of a file may have another time.
     run.fingerprint, made_of = mesh.lead(lambda: (task.fingerprint(), task.made_of()))
     trunk = checkpoint.trunk(models["model"])
@@ -432,17 +434,7 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
     saved = checkpoint.newest(task.folder / "checkpoints", mesh, fence)
     if saved is not None:
         _check(saved, task, run, models, made_of)
-    run.engines = {
-        role: Engine(
-            model.to(mesh.device),
-            task.optimizer.build,
-            task.optimizer.groups(model),
-            task.parallel,
-            task.clip,
-            mesh,
-        )
-        for role, model in models.items()
-    }
+    run.engines = engines(task, blueprints, mesh, filled=saved is None)
     be_patient(task.watch.timeout)
     if saved is not None:
         run.progress = restore(saved, run)
@@ -466,6 +458,19 @@ def loaded(task: Task, mesh: Mesh, watch: Watch) -> tuple[Running, Saver]:
         step=None if saved is None else run.progress.step,
     )
     return run, saver
+
+
+def engines(
+    task: Task, blueprints: Mapping[str, Blueprint[Any]], mesh: Mesh, filled: bool = True
+) -> dict[str, Engine]:
+    """The models, spread over the ranks; `filled` with their starting weights, or with none."""
+    made = {}
+    for role, blueprint in blueprints.items():
+        groups = task.optimizer.groups(blueprint.model)
+        made[role] = Engine(blueprint.model, task.optimizer.build, groups, task.parallel, task.clip, mesh)
+        if filled:
+            made[role].fill(blueprint.read)
+    return made
 
 
 def flops_of(task: Task, model: nn.Module) -> Flops | None:

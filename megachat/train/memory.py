@@ -3,9 +3,9 @@
 What lasts (weights, fp32 master weights, moments) is what ZeRO shards (Rajbhandari et al., 2020,
 https://arxiv.org/abs/1910.02054, section 5); what a forward pass leaves for the backward pass is counted as
 Korthikanti et al. (2022, https://arxiv.org/abs/2205.05198, section 4) do, with the tensors that this model
-saves. The rest is what DeepSpeed 0.19.8 allocates on the way. A step has four moments that may be its peak:
-the start, when the model is not yet sharded; the end of the last micro-batch's forward pass; the reduction of
-the gradients; and the optimizer's own step.
+saves. The rest is what DeepSpeed 0.19.8 allocates on the way. Four moments may be the peak: the start, where
+ZeRO 3 shards what was cut before; the end of the last micro-batch's forward pass; the reduction of the
+gradients; and the optimizer's own step.
 
 On a CPU only memory that is touched counts, on a GPU what is allocated. `tools/estimate_memory.py --measure`
 compares the sum with the peak of real steps.
@@ -95,7 +95,7 @@ class Memory:
     step: int
     """Gradients during the optimizer's step, and what it needs while it works."""
     start: int
-    """The model in the moment before it is sharded."""
+    """Of a model that is cut before ZeRO 3 shards it, all that is this rank's: others come sharded."""
 
     @property
     def lasting(self) -> int:
@@ -136,6 +136,7 @@ def memory(run: Run) -> Memory:
     sharded = math.ceil(parameters_per_rank(run.model, run.vocab, run.parallel.tensor) / run.replicas)
     zero, width = run.parallel.zero, 4 if run.autocast else run.width
     cut_weights, cut_rest = zero == 3, zero > 0
+    cut_before = run.parallel.tensor > 1 or run.parallel.expert > 1
     weights = width * (sharded if cut_weights else own)
     master = 4 * sharded if zero else 0
     moments = 4 * moments_of(run.optimizer) * (sharded if cut_rest else own)
@@ -152,7 +153,7 @@ def memory(run: Run) -> Memory:
         gathered=_gathered(run, own),
         reduction=_reduction(run, own, sharded),
         step=_step(run, own, sharded),
-        start=width * own + 4 * sharded if cut_weights else 0,
+        start=width * own + 4 * sharded if cut_weights and cut_before else 0,
     )
     if not run.cuda or run.parallel.offload == "none":
         return needed

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from megachat.data.loader import (
     WHOLE,
@@ -35,6 +35,7 @@ from megachat.data.packing import PackedRows, Packing, losses, pack
 from megachat.data.shards import Shards, read_split
 from megachat.evals.bits import spread
 from megachat.log import say
+from megachat.model.blueprint import Blueprint
 from megachat.model.generate import Sampling, generate
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import Work
@@ -159,9 +160,9 @@ class Pretrain(Fed):
             found += [one for one in check_tokens(job, budget, encoded.tokens) if one.about == "corpus"]
         return found
 
-    def models(self, run: Running) -> dict[str, nn.Module]:
+    def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """A fresh model."""
-        return {"model": self.model.build(run.tokenizer.vocab)}
+        return {"model": self.model.blueprint(run.tokenizer.vocab, run.mesh.device)}
 
     def prepare(self, run: Running) -> int:
         """Opens the shards; the budget in whole steps."""

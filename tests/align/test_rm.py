@@ -52,7 +52,7 @@ def test_the_models_score_is_that_of_the_answer_alone_however_much_padding_stand
     inputs: Path, run: Path
 ):
     task = tiny.stage("rm", inputs, run)
-    model = task.models(tiny.running(task))["model"].eval()
+    model = task.models(tiny.running(task))["model"].whole().eval()
     tokenizer = Tokenizer.load(inputs / "tokenizer")
     short, long = (
         ([tokenizer.bos, *tokenizer.encode(text), tokenizer.end], [0] * (len(text) + 2))

@@ -26,7 +26,7 @@ def test_a_judge_computes_in_the_precision_of_the_model_in_training(inputs: Path
 
 
 def test_dropout_is_switched_off_in_every_block(inputs: Path, run: Path):
-    model = tiny.stage("dpo", inputs, run).models(tiny.running(tiny.stage("sft", inputs, run)))["model"]
+    model = tiny.stage("dpo", inputs, run).models(tiny.running(tiny.stage("sft", inputs, run)))["model"].model
     for block in model.blocks:
         block.dropout = 0.1
     without_dropout(model)

@@ -11,12 +11,11 @@ import torch
 
 from megachat.config import compose, decode
 from megachat.model.heads import Scalar
-from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh, start
 from megachat.run import Stage
 from megachat.tokenizer.tokenizer import FILE, Tokenizer
 from megachat.tokenizer.train import train
-from megachat.train.loop import Progress, Running, Task
+from megachat.train.loop import Progress, Running, Task, engines
 from tests.tiny_model import finish, shape, write_model
 
 LETTERS = "abcdefgh"
@@ -99,9 +98,7 @@ def running(task: Task) -> Running:
     mesh = start(task.parallel.tensor)
     torch.manual_seed(task.seed)
     run = Running(mesh, Tokenizer.load(task.input("tokenizer")), Progress())
-    for role, model in task.models(run).items():
-        groups = task.optimizer.groups(model)
-        run.engines[role] = Engine(model, task.optimizer.build, groups, task.parallel, task.clip, mesh)
+    run.engines = engines(task, task.models(run), mesh)
     run.total = task.prepare(run)
     return run
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from megachat.model.gpt import GPT, GPTConfig, initialise, same_document
+from megachat.model.gpt import GPT, GPTConfig, same_document
 from megachat.model.layers import Rope
 
 TINY = GPTConfig(
@@ -68,7 +68,7 @@ def test_logits_equal_those_of_qwen3_and_llama(qk_norm: bool, kv_heads: int, tie
     model = tiny(qk_norm=qk_norm, kv_heads=kv_heads, tied=tied, rope_base=5000.0)
     tokens = some_tokens(2, 40)
     with torch.no_grad():
-        assert_close(model(tokens), logits_of_transformers(model, tokens), rtol=0, atol=1e-5)
+        assert_close(model(tokens), logits_of_transformers(model, tokens), rtol=0, atol=5e-5)
 
 
 def test_documents_in_one_row_are_read_as_if_each_stood_alone() -> None:
@@ -136,16 +136,13 @@ def test_positions_stay_exact_in_bf16() -> None:
     assert not torch.equal(rounded.cos[0], rounded.cos[1])
 
 
-def test_weights_follow_from_the_seed_and_from_a_generator() -> None:
+def test_weights_follow_from_the_seed() -> None:
     torch.manual_seed(5)
     first = TINY.build(VOCAB)
     torch.manual_seed(5)
     second = TINY.build(VOCAB)
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
-    initialise(first, torch.Generator().manual_seed(9))
-    assert not torch.equal(first.embed.weight, second.embed.weight)
-    initialise(second, torch.Generator().manual_seed(9))
-    assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(first.embed.weight, TINY.build(VOCAB).embed.weight)
 
 
 def test_fresh_weights_have_the_deviations_promised() -> None:

@@ -352,5 +352,5 @@ def test_a_manifest_cannot_name_what_to_build(tmp_path: Path) -> None:
         described = {"model": {"head": "language", "vocab": 3, "config": config}}
         write_manifest(path, manifest | {"architecture": described})
         with pytest.raises(ValueError, match="does not describe a model"):
-            checkpoint.load_weights(Checkpoint.open(path), "model", "cpu", None)
+            checkpoint.blueprint(Checkpoint.open(path), "model")
     assert not (tmp_path / "mark").exists()

@@ -173,6 +173,16 @@ def test_the_peak_is_of_the_worst_moment() -> None:
     assert replace(needed, start=9).moment == "start"
 
 
+def test_only_a_model_that_is_cut_before_zero_3_shards_it_is_whole_at_the_start() -> None:
+    assert memory(run("parallel=zero3")).start == 0
+    both = replace(
+        run("parallel=zero3", data=4),
+        parallel=run("parallel=zero3").parallel.model_copy(update={"tensor": 2}),
+    )
+    held = parameters_per_rank(both.model, both.vocab, 2)
+    assert memory(both).start == 2 * held + 4 * -(-held // 4)
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     here = run()
     room = 80 * 2**30
