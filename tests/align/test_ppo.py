@@ -361,7 +361,7 @@ def test_it_learns_what_the_reward_model_rewards(half_right: Path, run: Path, ep
         train_step(task, state, next(batches), rate)
         state.progress.step += 1
         rewards.append(state.notes["reward/mean"])
-    assert sum(rewards[:3]) / 3 < 0.75
+    assert sum(rewards[:3]) / 3 < 0.8
     assert sum(rewards[-5:]) / 5 > 0.9, rewards[::5]
 
 
@@ -381,7 +381,7 @@ def half_right(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             file.write(json.dumps({"messages": [asked, answered | {"content": "".join(said)}]}) + "\n")
     trained = folder.parent / "trained"
-    settings = ["batch=16", "micro_batch=16", "epochs=10", "validation=0"]
+    settings = ["batch=16", "micro_batch=16", "epochs=20", "validation=0"]
     tiny.stage("sft", folder, trained, *settings).execute()
     shutil.rmtree(folder / "sft")
     shutil.copytree(trained / "sft", folder / "sft")

