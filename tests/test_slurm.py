@@ -426,7 +426,8 @@ while step == 6 and restart == 0 and " 1 0 7\\n" not in open({f"{trial.run}.step
     since = trial.start("-N", "1", FAULT=waits).until(5)
     trial.slurm.box("kill-slurmd", trial.nodes()[0])  # its supervisor lives on, too
     trial.survived("7 slurmd dies, its rank lives on", since, undisturbed, alike=same_losses)
-    assert overlap(trial)
+    # Its first start was still taking steps when its second was.
+    assert max(step.time for step in trial.steps(0)) > min(step.time for step in trial.steps(1))
     assert max(step.number for step in trial.steps(0)) == 6  # which is to be saved
 
 
@@ -439,15 +440,12 @@ def test_a_node_that_freezes_and_thaws_beside_its_successor_costs_one_more_resta
     trial.slurm.box("hang-node", frozen)
     trial.until(6, restart=1)
     trial.slurm.box("thaw-node", frozen)  # its srun aborts step 0 of the job: to Slurm, that of the new start
+    thawed = time.time()
     fault = "6 a node freezes, and thaws"
     trial.survived(fault, since, undisturbed, lost=2 * LOST, restarts=(1, 2), alike=same_losses)
-    assert overlap(trial)
+    # Whether the thawed one takes one more step, and its successor ends with it, is luck.
+    assert max(step.time for step in trial.steps()) > thawed
     assert trial.attempts()[-1].reason == "done"
-
-
-def overlap(trial: Trial) -> bool:
-    """Whether its first start was still taking steps when its second was."""
-    return max(step.time for step in trial.steps(0)) > min(step.time for step in trial.steps(1))
 
 
 @pytest.mark.usefixtures("mended")
