@@ -1,8 +1,10 @@
 """Conversations, preferences between answers, and prompts: what fine-tuning reads, from JSON lines.
 
-JSON lines in the shapes that most published sets have, plain or compressed (`.gz`, `.zst`):
+JSON lines in the shapes that published sets have (`formats.py`), plain or compressed (`.gz`, `.zst`):
   conversation  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
   preference    {"prompt": [...messages...] or "text", "chosen": "text", "rejected": "text"}
+  unpaired      {"prompt": ..., "completion": "text", "label": true}
+  ranking       {"prompt": ..., "answers": ["the best", "the second", ...]}
   prompt        {"messages": [...] or "prompt": "text", "answer": "text, may be missing"}
 A line that cannot be read stops the stage and says which line of which file it is: a corpus that silently
 lost its second half trains without complaint.
@@ -13,15 +15,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
 
 from megachat.config import Config
+from megachat.data import formats
 from megachat.data.document import matching, read_lines
-
-Role = Literal["system", "user", "assistant"]
-ROLES = ("system", "user", "assistant")
+from megachat.data.formats import Record, Role, Turn, is_call, text
 
 Split = Literal["train", "held_out"]
 """`held_out` is never trained on."""
@@ -39,21 +40,40 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order: perhaps a system message, then user and assistant by turns."""
+    """Messages in order: perhaps a system message, then user and assistant by turns.
+
+    The assistant may call tools before it answers; each call is a message, and so is what a tool says to it.
+    """
 
     messages: tuple[Message, ...]
 
     def __post_init__(self) -> None:
         """Refuses an order of roles that no chat has."""
-        turns = [message.role for message in self.messages]
-        if turns[:1] == ["system"]:
+        turns = list(self.messages)
+        if turns and turns[0].role == "system":
             turns = turns[1:]
-        if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
-            said = ", ".join(message.role for message in self.messages) or "nothing"
-            raise ValueError(
-                "a conversation is user, assistant, user, ... by turns, after at most one system message; "
-                f"this one is {said}"
-            )
+        before: Message | None = None
+        for message in turns:
+            if message.role not in follows(before):
+                break
+            before = message
+        else:
+            if turns:
+                return
+        said = ", ".join(message.role for message in self.messages) or "nothing"
+        raise ValueError(
+            "a conversation is user, assistant, user, ... by turns, after at most one system message; a tool "
+            f"speaks after a call of the assistant's; this one is {said}"
+        )
+
+
+def follows(message: Message | None) -> tuple[Role, ...]:
+    """Who may speak after a message, or first."""
+    if message is None:
+        return ("user",)
+    if message.role == "assistant":
+        return ("tool", "assistant") if is_call(message.role, message.content) else ("user",)
+    return ("tool", "assistant") if message.role == "tool" else ("assistant",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +85,25 @@ class Preference:
     rejected: str
     kind: str
     """What is wrong with `rejected`, where that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """An answer to a prompt that somebody found good or bad, compared with no other."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    good: bool
+    kind: str = ""
+    """What is wrong with a bad one, where that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Several answers to a prompt, the best first."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +128,22 @@ class Preferences(Config):
     """A set of preferences between answers."""
 
     def preferences(self, split: Split) -> list[Preference]:
+        """Those of one split, in a fixed order."""
+        raise NotImplementedError
+
+
+class UnpairedPreferences(Config):
+    """A set of answers that are good or bad."""
+
+    def unpaired(self, split: Split) -> list[Unpaired]:
+        """Those of one split, in a fixed order."""
+        raise NotImplementedError
+
+
+class Rankings(Config):
+    """A set of prompts with several answers each, from the best to the worst."""
+
+    def rankings(self, split: Split) -> list[Ranking]:
         """Those of one split, in a fixed order."""
         raise NotImplementedError
 
@@ -118,7 +173,7 @@ class Encoded(Conversations):
 
 
 class JsonConversations(Conversations):
-    """Conversations from JSON lines: `{"messages": [{"role": ..., "content": ...}, ...]}`."""
+    """Conversations from JSON lines, as OpenAI, ShareGPT, Alpaca or TRL write them."""
 
     path: str
     """The file, or a glob of files; `.gz` and `.zst` are unpacked."""
@@ -126,8 +181,8 @@ class JsonConversations(Conversations):
     def conversations(self) -> list[Conversation]:
         """One per line; each must hold at least one answer to imitate."""
 
-        def read(record: dict[str, Any]) -> Conversation:
-            conversation = Conversation(messages_of(record, "messages"))
+        def read(record: Record) -> Conversation:
+            conversation = Conversation(messages_of(formats.conversation(record)))
             if not any(message.role == "assistant" for message in conversation.messages):
                 raise ValueError("nothing is said by the assistant, so there is nothing to imitate")
             return conversation
@@ -136,7 +191,10 @@ class JsonConversations(Conversations):
 
 
 class JsonPreferences(Preferences):
-    """Preferences from JSON lines: `{"prompt": ..., "chosen": ..., "rejected": ...}`."""
+    """Preferences from JSON lines: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+
+    The answers are texts, messages, or whole conversations that differ in their last message.
+    """
 
     path: str
     """The file, or a glob of files; `.gz` and `.zst` are unpacked."""
@@ -145,14 +203,66 @@ class JsonPreferences(Preferences):
 
     def preferences(self, split: Split) -> list[Preference]:
         """Those lines whose prompt belongs to the split."""
+        return of_split(
+            read_json_lines(self.path, preference_of), split, self.held_out, lambda item: item.prompt
+        )
 
-        def read(record: dict[str, Any]) -> Preference:
-            prompt = Conversation(messages_of(record, "prompt")).messages
-            must_ask(prompt)
-            chosen, rejected = text_of(record, "chosen"), text_of(record, "rejected")
-            if chosen == rejected:
-                raise ValueError(f"chosen and rejected are the same text, {chosen[:60]!r}")
-            return Preference(prompt, chosen, rejected, str(record.get("kind", "")))
+
+class JsonUnpaired(UnpairedPreferences):
+    """Answers from JSON lines: `{"prompt": ..., "completion": ..., "label": true or false}`.
+
+    A preference is a good answer and a bad one.
+    """
+
+    path: str
+    """The file, or a glob of files; `.gz` and `.zst` are unpacked."""
+    held_out: Annotated[float, Field(ge=0, lt=1)]
+    """The share of prompts kept from training, chosen by a hash of the prompt; no prompt is in both."""
+
+    def unpaired(self, split: Split) -> list[Unpaired]:
+        """The answers to prompts that belong to the split."""
+
+        def read(record: Record) -> list[Unpaired]:
+            if "chosen" in record:
+                return unpair(preference_of(record))
+            prompt = asking(formats.prompt(record))
+            if not isinstance(record.get("label"), bool | int) or record["label"] not in (0, 1):
+                raise ValueError(f'expected "label": true or false, got {record.get("label")!r:.80}')
+            answer = only_answer(formats.answer(record, "completion"), "completion")
+            return [Unpaired(prompt, answer, bool(record["label"]), str(record.get("kind", "")))]
+
+        found = [item for items in read_json_lines(self.path, read) for item in items]
+        return of_split(found, split, self.held_out, lambda item: item.prompt)
+
+
+class JsonRankings(Rankings):
+    """Rankings from JSON lines: `{"prompt": ..., "answers": ["the best", ..., "the worst"]}`.
+
+    A preference is a ranking of two.
+    """
+
+    path: str
+    """The file, or a glob of files; `.gz` and `.zst` are unpacked."""
+    held_out: Annotated[float, Field(ge=0, lt=1)]
+    """The share of prompts kept from training, chosen by a hash of the prompt; no prompt is in both."""
+
+    def rankings(self, split: Split) -> list[Ranking]:
+        """Those lines whose prompt belongs to the split."""
+
+        def read(record: Record) -> Ranking:
+            if "chosen" in record:
+                pair = preference_of(record)
+                return Ranking(pair.prompt, (pair.chosen, pair.rejected))
+            prompt, listed = asking(formats.prompt(record)), record.get("answers")
+            if not isinstance(listed, list) or len(listed) < 2:
+                raise ValueError(
+                    f'expected "answers": ["the best", ..., "the worst"], two or more, got {listed!r:.80}'
+                )
+            answers = [only_answer(formats.answer({"answers": one}, "answers"), "answers") for one in listed]
+            twice = next((one for one in answers if answers.count(one) > 1), None)
+            if twice is not None:
+                raise ValueError(f"one answer has two places in the ranking, {twice[:60]!r}")
+            return Ranking(prompt, tuple(answers))
 
         return of_split(read_json_lines(self.path, read), split, self.held_out, lambda item: item.prompt)
 
@@ -168,12 +278,9 @@ class JsonPrompts(Prompts):
     def prompts(self, split: Split) -> list[Prompt]:
         """Those lines whose prompt belongs to the split."""
 
-        def read(record: dict[str, Any]) -> Prompt:
-            key = "messages" if "messages" in record else "prompt"
-            prompt = Conversation(messages_of(record, key)).messages
-            must_ask(prompt)
-            answer = text_of(record, "answer") if "answer" in record else ""
-            return Prompt(prompt, answer, str(record.get("kind", "")))
+        def read(record: Record) -> Prompt:
+            answer = text(record, "answer") if "answer" in record else ""
+            return Prompt(asking(formats.prompt(record)), answer, str(record.get("kind", "")))
 
         return of_split(read_json_lines(self.path, read), split, self.held_out, lambda item: item.messages)
 
@@ -213,48 +320,47 @@ def of_split(
     return [item for item in items if held(item) == (split == "held_out")]
 
 
-def messages_of(record: dict[str, Any], key: str) -> tuple[Message, ...]:
-    """The messages under a key: a list of `{"role", "content"}`, or a text, which is then the user's."""
-    value = record.get(key)
-    if isinstance(value, str):
-        return ask(text_of(record, key))
-    if not isinstance(value, list) or not value:
-        keys = ", ".join(map(str, record)) or "nothing"
-        raise ValueError(
-            f'expected "{key}": "a question", or [{{"role": ..., "content": ...}}, ...], '
-            + (f"got {value!r:.80}" if key in record else f"and the line has {keys}")
-        )
-    messages = []
-    for item in value:
-        if not isinstance(item, dict) or item.get("role") not in ROLES:
-            raise ValueError(
-                f'expected a message {{"role": "user", "content": "..."}}, got {item!r:.80}; '
-                f"a role is one of {', '.join(ROLES)}"
-            )
-        messages.append(Message(item["role"], text_of(item, "content")))
-    return tuple(messages)
+def messages_of(turns: list[Turn]) -> tuple[Message, ...]:
+    """Turns as messages."""
+    return tuple(Message(role, said) for role, said in turns)
 
 
-def text_of(record: dict[str, Any], key: str) -> str:
-    """The text under a key."""
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise ValueError(f'expected "{key}": "text", got {value!r:.80}')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise ValueError(f'"{key}" holds half a surrogate pair, {half!r}, which is no character') from None
-    return value
-
-
-def must_ask(prompt: tuple[Message, ...]) -> None:
-    """Refuses a prompt that already has its answer."""
+def asking(turns: list[Turn]) -> tuple[Message, ...]:
+    """The messages of a prompt, which is a conversation that has yet to be answered."""
+    prompt = Conversation(messages_of(turns)).messages
     if prompt[-1].role == "assistant":
         raise ValueError("the prompt ends with the assistant's own message; it should end with the user's")
+    return prompt
 
 
-def read_json_lines(pattern: str, read: Callable[[dict[str, Any]], T]) -> list[T]:
+def only_answer(turns: list[Turn], key: str) -> str:
+    """The text of an answer of one message."""
+    if len(turns) > 1:
+        said = ", ".join(role for role, _ in turns)
+        raise ValueError(
+            f'"{key}" holds {len(turns)} messages ({said}); one answer of the assistant\'s can be judged'
+        )
+    return turns[0][1]
+
+
+def preference_of(record: Record) -> Preference:
+    """The preference that a record holds."""
+    turns, chosen, rejected = formats.preference(record)
+    prompt = asking(turns)
+    if chosen == rejected:
+        raise ValueError(f"chosen and rejected are the same text, {chosen[:60]!r}")
+    return Preference(prompt, chosen, rejected, str(record.get("kind", "")))
+
+
+def unpair(pair: Preference) -> list[Unpaired]:
+    """Both answers, each by itself."""
+    return [
+        Unpaired(pair.prompt, pair.chosen, True),
+        Unpaired(pair.prompt, pair.rejected, False, pair.kind),
+    ]
+
+
+def read_json_lines(pattern: str, read: Callable[[Record], T]) -> list[T]:
     """Every line of the files through `read`; what it finds wrong is reported as `path:line: what`."""
     paths = matching(pattern, "*.jsonl")
     if not paths:

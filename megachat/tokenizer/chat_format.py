@@ -41,4 +41,6 @@ def render_answer(answer: str, tokenizer: Tokenizer) -> list[int]:
 def role(message: Message, tokenizer: Tokenizer) -> int:
     """The control token that opens a message."""
     roles = {"system": tokenizer.system, "user": tokenizer.user, "assistant": tokenizer.assistant}
+    if message.role not in roles:
+        raise ValueError(f"this tokenizer has no token that opens what a {message.role} says")
     return roles[message.role]
