@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from megachat.align.logprobs import entropy, token_logps
+from megachat.align.policy import Clip, clipped_policy_loss, held_back, kl_rewards, log_ratio
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout, estimated, in_parts, joined, sample, shared
 from megachat.align.rows import Rows, drawn, padded, that_fit
@@ -29,52 +30,6 @@ from megachat.model.draws import seed_of
 from megachat.model.generate import Sampling
 from megachat.tokenizer.chat_format import render_prompt
 from megachat.train.loop import Batch, Losses, Running, Task, micro_batches, parts
-
-
-def kl_rewards(
-    scores: Float[Tensor, " batch"],
-    logps: Float[Tensor, "batch seq"],
-    reference: Float[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    coefficient: float,
-) -> Float[Tensor, "batch seq"]:
-    """-coefficient * k1 on every action, and the score of the answer on its last one."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, positions, -1).amax(-1, keepdim=True)
-    paid = torch.where(positions == last, scores[:, None], 0.0)
-    return torch.where(mask, paid - coefficient * (logps - reference), 0.0)
-
-
-def log_ratio(
-    new: Float[Tensor, "batch seq"], old: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq"]:
-    """How much likelier each action has become in nats, within 20 so that its exponential stays finite."""
-    return torch.where(mask, new - old, 0.0).clamp(-20.0, 20.0)
-
-
-def clipped_policy_loss(
-    new: Float[Tensor, "batch seq"],
-    old: Float[Tensor, "batch seq"],
-    advantages: Float[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    clip: float,
-) -> Float[Tensor, "batch seq"]:
-    """-min(ratio * A, clipped ratio * A) per action: nothing to gain beyond `clip`, and always a way back."""
-    ratio = log_ratio(new, old, mask).exp()
-    advantages = torch.where(mask, advantages, 0.0)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-
-
-def held_back(
-    new: Float[Tensor, "batch seq"],
-    old: Float[Tensor, "batch seq"],
-    advantages: Float[Tensor, "batch seq"],
-    mask: Bool[Tensor, "batch seq"],
-    clip: float,
-) -> Bool[Tensor, "batch seq"]:
-    """The actions whose gradient is cut: the ratio has moved beyond `clip` the way the advantage wants."""
-    ratio = log_ratio(new, old, mask).exp()
-    return mask & (((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip)))
 
 
 def clipped_value_loss(
@@ -291,12 +246,13 @@ class PPO(Task):
     def loss(self, run: Running, batch: Sampled) -> Losses:
         """The clipped losses of the policy and of the critic, summed over tokens."""
         new = self._logps(run.engines["model"], batch.rows)
-        policy = clipped_policy_loss(new, batch.logps, batch.advantages, batch.rows.mask, self.clip_ratio)
+        clip = Clip(self.clip_ratio, self.clip_ratio)
+        policy = clipped_policy_loss(new, batch.logps, batch.advantages, batch.rows.mask, clip)
         values = run.engines["critic"](batch.rows.tokens)
         critic = clipped_value_loss(values, batch.values, batch.returns, batch.rows.mask, self.clip_value)
         warm = float(run.progress.step >= self.critic_first * self.steps)
         moved = log_ratio(new.detach(), batch.logps, batch.rows.mask)
-        held = held_back(new.detach(), batch.logps, batch.advantages, batch.rows.mask, self.clip_ratio)
+        held = held_back(new.detach(), batch.logps, batch.advantages, batch.rows.mask, clip)
         return Losses(
             {"model": warm * policy.sum(), "critic": critic.sum()},
             # k3 of how far the policy has moved since it sampled

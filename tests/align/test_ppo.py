@@ -15,17 +15,9 @@ from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
 from megachat.align import rollout
-from megachat.align.advantages import gae
-from megachat.align.logprobs import answer_logps, token_logps
-from megachat.align.ppo import (
-    PPO,
-    Sampled,
-    clipped_policy_loss,
-    clipped_value_loss,
-    held_back,
-    kl_rewards,
-    log_ratio,
-)
+from megachat.align.logprobs import answer_logps
+from megachat.align.policy import Clip, clipped_policy_loss, held_back, kl_rewards, log_ratio
+from megachat.align.ppo import PPO, Sampled, clipped_value_loss
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
@@ -36,62 +28,9 @@ from megachat.model.size import NOTHING
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import Losses, Running, train_step
 from tests.align import tiny
+from tests.align.oracle import Everything
 
-STOP, SYMBOLS, LENGTH = 0, 4, 3
-
-
-def sentences(prefix: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
-    """Everything three symbols and a stop token can say in at most three tokens."""
-    if len(prefix) == LENGTH or (prefix and prefix[-1] == STOP):
-        return [prefix]
-    return [sentence for symbol in range(SYMBOLS) for sentence in sentences((*prefix, symbol))]
-
-
-class Everything:
-    """A policy with its own logits after every prefix: expectations are sums and gradients are exact."""
-
-    def __init__(self, reward_seed: int = 0) -> None:
-        """Draws the policy, the reference, the reward and the critic."""
-        said = sentences()
-        random = torch.Generator().manual_seed(reward_seed)
-        prefixes = sorted({sentence[:i] for sentence in said for i in range(len(sentence))})
-        self.tokens = tensor([[*sentence, *[0] * (LENGTH - len(sentence))] for sentence in said])
-        self.mask = tensor([[i < len(sentence) for i in range(LENGTH)] for sentence in said])
-        self.prefix = tensor(
-            [
-                [prefixes.index(sentence[:i]) if i < len(sentence) else 0 for i in range(LENGTH)]
-                for sentence in said
-            ]
-        )
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-        self.policy, self.reference = (
-            draw(len(prefixes), SYMBOLS).requires_grad_(),
-            draw(len(prefixes), SYMBOLS),
-        )
-        self.scores, self.critic = draw(len(said)), draw(len(prefixes))
-
-    def logps(self, logits: Tensor) -> Tensor:
-        """Per token, of every sentence."""
-        return token_logps(logits[self.prefix[self.mask]], torch.where(self.mask, self.tokens, -100))
-
-    def exact(self, coefficient: float) -> Tensor:
-        """The gradient of -(E[score] - coefficient * KL(policy || reference))."""
-        policy, reference = (answer_logps(self.logps(x), self.mask) for x in (self.policy, self.reference))
-        objective = (policy.exp() * (self.scores - coefficient * (policy - reference))).sum()
-        return torch.autograd.grad(-objective, self.policy)[0]
-
-    def ppo(self, coefficient: float, critic: bool) -> Tensor:
-        """The expected gradient of the first PPO step on sentences sampled from the policy."""
-        old, reference = self.logps(self.policy).detach(), self.logps(self.reference)
-        values = self.critic[self.prefix] if critic else torch.zeros_like(old)
-        rewards = kl_rewards(self.scores, old, reference, self.mask, coefficient)
-        advantages, _ = gae(rewards, values, self.mask, gamma=1.0, lam=1.0)
-        loss = clipped_policy_loss(self.logps(self.policy), old, advantages, self.mask, clip=0.2).sum(-1)
-        weights = answer_logps(old, self.mask).exp()
-        return torch.autograd.grad((weights * loss).sum(), self.policy)[0]
+CLIP = Clip(0.2, 0.2)
 
 
 def test_the_probabilities_of_everything_that_can_be_said_add_up_to_one():
@@ -139,11 +78,11 @@ def test_the_clip_takes_away_gains_and_never_the_way_back(
     ratio: float, advantage: float, loss: float, gradient: float
 ):
     new, old, on = tensor([[log(ratio)]], requires_grad=True), tensor([[0.0]]), tensor([[True]])
-    out = clipped_policy_loss(new, old, tensor([[advantage]]), on, clip=0.2)
+    out = clipped_policy_loss(new, old, tensor([[advantage]]), on, clip=CLIP)
     out.sum().backward()
     assert_close(out.detach(), tensor([[loss]]))
     assert_close(new.grad, tensor([[gradient]]))
-    assert held_back(new.detach(), old, tensor([[advantage]]), on, clip=0.2).item() is (gradient == 0)
+    assert held_back(new.detach(), old, tensor([[advantage]]), on, clip=CLIP).item() is (gradient == 0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +106,7 @@ def test_nan_in_masked_slots_reaches_neither_the_losses_nor_the_gradients():
     mask = tensor([[True, False]])
     new = tensor([[-1.0, torch.nan]], requires_grad=True)
     noisy = tensor([[-1.0, torch.nan]])
-    loss = clipped_policy_loss(new, noisy, noisy, mask, 0.2) + clipped_value_loss(
+    loss = clipped_policy_loss(new, noisy, noisy, mask, CLIP) + clipped_value_loss(
         new, noisy, noisy, mask, 0.2
     )
     loss.sum().backward()
@@ -194,7 +133,7 @@ def test_the_policy_climbs_to_the_gibbs_distribution_of_the_reward():
         old = new.detach()
         rewards = kl_rewards(scores, old, reference[:, None], on, beta)
         advantages = rewards - (old.exp() * rewards).sum()
-        loss = (old.exp() * clipped_policy_loss(new, old, advantages, on, 0.2)).sum()
+        loss = (old.exp() * clipped_policy_loss(new, old, advantages, on, CLIP)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
