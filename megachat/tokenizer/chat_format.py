@@ -2,13 +2,14 @@
 
 Tokens and mask are made together, message by message: a prompt's tokens are always a prefix of the whole
 conversation's, because no token ever crosses from one message into the next. The `<|end|>` of an answer is
-trained on: it is how the model learns to stop. The roles are control tokens, which no user can write.
+trained on: it is how the model learns to stop. A call of a tool is what the assistant says, and ends like
+it; what the tool says is not trained on. The roles are control tokens, which neither user nor tool can write.
 """
 
 from collections.abc import Sequence
 
 from megachat.data.conversations import Conversation, Message
-from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.tokenizer.tokenizer import TOOL, Tokenizer
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -28,7 +29,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int],
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Tokens up to and including the `<|assistant|>` that asks for an answer, which `tokenizer.end` ends."""
     if not messages or messages[-1].role == "assistant":
-        raise ValueError("a prompt ends with a message of the user's; there is nothing to answer")
+        raise ValueError("a prompt ends with a message of the user's or a tool's; there is nothing to answer")
     tokens, _ = render(Conversation(tuple(messages)), tokenizer)
     return [*tokens, tokenizer.assistant]
 
@@ -40,7 +41,16 @@ def render_answer(answer: str, tokenizer: Tokenizer) -> list[int]:
 
 def role(message: Message, tokenizer: Tokenizer) -> int:
     """The control token that opens a message."""
-    roles = {"system": tokenizer.system, "user": tokenizer.user, "assistant": tokenizer.assistant}
-    if message.role not in roles:
-        raise ValueError(f"this tokenizer has no token that opens what a {message.role} says")
-    return roles[message.role]
+    roles = {
+        "system": tokenizer.system,
+        "user": tokenizer.user,
+        "assistant": tokenizer.assistant,
+        "tool": tokenizer.tool,
+    }
+    token = roles[message.role]
+    if token is None:
+        raise ValueError(
+            f"the tokenizer has no {TOOL}, which opens what a tool says, for it was trained by an earlier "
+            "version; train it again with `megachat tokenizer`, or leave out conversations with tools"
+        )
+    return token

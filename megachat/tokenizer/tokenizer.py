@@ -25,7 +25,8 @@ SPACE = "\u2581"
 
 PAD, UNKNOWN, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
-CONTROLS = (SYSTEM, USER, ASSISTANT, END)
+TOOL = "<|tool|>"
+CONTROLS = (SYSTEM, USER, ASSISTANT, END, TOOL)
 """The chat format's own symbols: control symbols, because sentencepiece never makes one out of text."""
 
 WORD = re.compile(" *[^ ]+| +")
@@ -50,7 +51,9 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab: int = self._processor.get_piece_size()
         self.pad, self.bos, self.eos = self._id(PAD), self._id(BOS), self._id(EOS)
-        self.system, self.user, self.assistant, self.end = map(self._id, CONTROLS)
+        self.system, self.user, self.assistant, self.end = map(self._id, (SYSTEM, USER, ASSISTANT, END))
+        self.tool = self._find(TOOL)
+        """None in a tokenizer that was trained before tools could speak."""
         self._bytes = {token: self._bytes_of(token) for token in range(self.vocab)}
         self._space = [self._id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._known: dict[str, list[int]] = {}
@@ -144,9 +147,13 @@ class Tokenizer:
         """Pickles as its model, so that a worker process can be sent one."""
         return Tokenizer, (self.model,)
 
-    def _id(self, piece: str) -> int:
+    def _find(self, piece: str) -> int | None:
         token: int = self._processor.piece_to_id(piece)
-        if self._processor.id_to_piece(token) != piece:
+        return token if self._processor.id_to_piece(token) == piece else None
+
+    def _id(self, piece: str) -> int:
+        token = self._find(piece)
+        if token is None:
             raise ValueError(f"the sentencepiece model has no {piece}; train it with `megachat tokenizer`")
         return token
 

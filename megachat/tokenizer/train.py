@@ -45,7 +45,7 @@ class TrainTokenizer(Stage):
     name: ClassVar[str] = "tokenizer"
 
     vocab: Annotated[int, Field(ge=300)]
-    """How many tokens: 4 special, 4 of the chat format, 256 bytes, and what is learnt."""
+    """How many tokens: 4 special, 5 of the chat format, 256 bytes, and what is learnt."""
     character_coverage: Annotated[float, Field(gt=0.9, le=1)]
     """The share of the sample's characters that get tokens of their own; the others are written as bytes."""
     sample_bytes: PositiveInt

@@ -23,8 +23,8 @@ from megachat.tokenizer.train import torture
 
 
 def of_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """The byte tokens of some bytes; they stand at 8 to 263, after the special tokens."""
-    tokens = [8 + byte for byte in data]
+    """The byte tokens of some bytes; they stand at 9 to 264, after the special tokens."""
+    tokens = [9 + byte for byte in data]
     assert [tokenizer.bytes_of(token) for token in tokens] == [bytes([byte]) for byte in data]
     return tokens
 
@@ -55,10 +55,10 @@ def test_an_awkward_text_comes_back(tokenizer, text):
 @pytest.mark.parametrize("name", [*CONTROLS, PAD, UNKNOWN, BOS, EOS])
 def test_text_never_becomes_a_control_token(tokenizer, name):
     for text in (name, f"a{name}b", f" {name} {name}", f"<|{name}|>", f"{SPACE}{name}\n"):
-        assert min(tokenizer.encode(text)) >= 8
+        assert min(tokenizer.encode(text)) >= 9
     special = {tokenizer.pad, 1, tokenizer.bos, tokenizer.eos}
-    special |= {tokenizer.system, tokenizer.user, tokenizer.assistant, tokenizer.end}
-    assert special == set(range(8))
+    special |= {tokenizer.system, tokenizer.user, tokenizer.assistant, tokenizer.end, tokenizer.tool}
+    assert special == set(range(9))
 
 
 def test_the_character_that_stands_for_a_space_is_written_as_its_three_bytes(tokenizer):
@@ -124,7 +124,7 @@ def test_streaming_any_tokens_gives_what_decoding_them_gives(tokenizer):
     dice = random.Random(0)
     for _ in range(300):
         # Half of them bytes: what an untrained model writes is mostly no UTF-8.
-        tokens = [dice.randrange(dice.choice((264, tokenizer.vocab))) for _ in range(dice.randrange(30))]
+        tokens = [dice.randrange(dice.choice((265, tokenizer.vocab))) for _ in range(dice.randrange(30))]
         stream = StreamDecoder(tokenizer)
         assert "".join(map(stream.push, tokens)) + stream.finish() == tokenizer.decode(tokens)
 
