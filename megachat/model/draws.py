@@ -24,12 +24,16 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
 
 
-def keys(seeds: Sequence[int], position: int, device: torch.device | str = "cpu") -> Int[Tensor, "rows 2"]:
-    """What the rows draw their token of this position by: splitmix64 of each seed, in two halves.
+def keys(
+    seeds: Sequence[int], position: int | Sequence[int], device: torch.device | str = "cpu"
+) -> Int[Tensor, "rows 2"]:
+    """What the rows draw their token of this position by, or of one position each: splitmix64 of each seed,
+    in two halves.
 
     Steele, Lea and Flood, 2014, https://doi.org/10.1145/2660193.2660195.
     """
-    x = np.array(seeds, np.uint64) + np.array([position * 0x9E3779B97F4A7C15 % 2**64], np.uint64)
+    positions = [position] if isinstance(position, int) else position
+    x = np.array(seeds, np.uint64) + np.array([p * 0x9E3779B97F4A7C15 % 2**64 for p in positions], np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megachat.config import Config
 from megachat.model.blueprint import Blueprint, drawn
 from megachat.model.cross_entropy import IGNORE
-from megachat.model.layers import MLP, VARLEN, Attention, Cache, Past, Rope, Spans
+from megachat.model.layers import MLP, VARLEN, Attention, Past, Reading, Rope, Spans
 from megachat.model.moe import MoE, MoEConfig, routing
 from megachat.model.precision import dtype_of_products
 from megachat.model.rows import Stretch
@@ -116,12 +116,11 @@ class Block(nn.Module):
         rope: Rope,
         mask: Bool[Tensor, "rows 1 queries past"] | Spans | None = None,
         past: Past | None = None,
-        start: int = 0,
     ) -> tuple[Float[Tensor, "batch seq dim"], Float[Tensor, "batch seq experts"] | None]:
         """The states one block later, and in training the scores of the router, where there is one."""
         if self.training and past is None and torch.is_grad_enabled():
             return self.train_forward(x, rope, mask)
-        return self._forward(x, rope, mask, past, start)
+        return self._forward(x, rope, mask, past)
 
     def compile(self, *arguments: Any, **named: Any) -> None:
         """From now on training runs what `torch.compile` makes of the block: its forward alone, so that hooks
@@ -146,9 +145,8 @@ class Block(nn.Module):
         rope: Rope,
         mask: Tensor | Spans | None,
         past: Past | None = None,
-        start: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, past, start), self.dropout, self.training)
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, past), self.dropout, self.training)
         inputs = self.mlp_norm(x)
         x = x + F.dropout(self.mlp(inputs), self.dropout, self.training)
         return x, self.scores(inputs) if self.routed and self.training else None
@@ -211,17 +209,17 @@ class GPT(nn.Module):
         self,
         tokens: Int[Tensor, "batch seq"],
         documents: Int[Tensor, "batch seq"] | None = None,
-        cache: Cache | None = None,
+        cache: Reading | None = None,
         where: Bool[Tensor, "batch seq"] | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
         each: bool = False,
     ) -> Float[Tensor, "batch out vocab"] | Float[Tensor, "chosen vocab"] | Float[Tensor, "*batch"]:
         """Logits of the token after each, in the model's dtype.
 
-        With a cache, after the last alone; with `where`, after those that it marks, row by row. With `labels`
-        not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`; with `each`,
-        which has no gradient, its terms. Where ranks share rows, all give and get them whole. In training the
-        sum's gradient is with the penalties of routers.
+        With a cache, after the last of each text alone; with `where`, after those that it marks, row by row.
+        With `labels` not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`;
+        with `each`, which has no gradient, its terms. Where ranks share rows, all give and get them whole. In
+        training the sum's gradient is with the penalties of routers.
         """
         stretch = None if cache is not None else self.stretch
         assert stretch is None or (labels is not None and where is None), (
@@ -236,7 +234,7 @@ class GPT(nn.Module):
         if stretch is not None and labels is not None:
             labels = stretch.own(labels)
         if cache is not None:
-            x = x[:, -1:]
+            x = cache.last(x)
         if where is not None:
             # In few different lengths: a CPU kernel is made anew for each, which took a sixth of the time.
             count = int(where.sum())
@@ -256,7 +254,7 @@ class GPT(nn.Module):
         self,
         tokens: Int[Tensor, "batch seq"],
         documents: Int[Tensor, "batch seq"] | None = None,
-        cache: Cache | None = None,
+        cache: Reading | None = None,
     ) -> Float[Tensor, "batch here dim"]:
         """The normalised states that `forward` reads logits from; where ranks share rows, of the tokens here.
 
@@ -266,36 +264,40 @@ class GPT(nn.Module):
         return self._states(tokens, documents, cache)[0]
 
     def _states(
-        self, tokens: Tensor, documents: Tensor | None, cache: Cache | None
+        self, tokens: Tensor, documents: Tensor | None, cache: Reading | None
     ) -> tuple[Float[Tensor, "batch here dim"], list[Tensor]]:
         """The states, and in training the scores of each block's router."""
         assert documents is None or cache is None, "a cache holds one document per row"
-        needed = tokens.shape[1] if cache is None else cache.capacity
+        seq = tokens.shape[1]
+        needed = seq if cache is None else cache.cache.capacity
         if needed > self.config.context:
             raise ValueError(
                 f"a sequence of {needed} tokens is longer than the model's context={self.config.context}; "
                 "shorten it (prompt plus max_new_tokens), or use a model with a longer context"
             )
-        now = cache or Cache(needed)
-        seq, first = tokens.shape[1], now.length
+        first = 0
         if cache is None and self.stretch is not None:
             first, tokens = self.stretch.start(seq), self.stretch.own(tokens)
         x = self.embed(tokens)
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        if cache is not None:
+            positions = cache.places(seq, x.device)
         rope = Rope.at(positions, self.config.head_dim, self.config.rope_base, x.dtype)
-        mask: Tensor | Spans | None
-        if documents is None:
-            mask = now.mask(seq, tokens.device)
-        elif documents.device.type == "cpu" and Spans.fit(x.device, dtype_of_products(x)):
+        mask: Tensor | Spans | None = None
+        if cache is not None:
+            mask = cache.mask(positions)
+        elif (
+            documents is not None
+            and documents.device.type == "cpu"
+            and Spans.fit(x.device, dtype_of_products(x))
+        ):
             mask = Spans.of(documents, x.device)
-        else:
+        elif documents is not None:
             mask = same_document(documents.to(x.device))
         routed = []
         for index, block in enumerate(self.blocks):
-            x, scores = block(x, rope, mask, cache and cache.layer(index), now.length)
+            x, scores = block(x, rope, mask, cache and Past(cache, index, positions))
             routed.append(scores)
-        if cache is not None:
-            cache.length += tokens.shape[1]
         states: Tensor = self.norm(x)
         return states, [scores for scores in routed if scores is not None]
 

@@ -6,6 +6,7 @@ for all layers, so that `model.bfloat16()`, the meta device, and ZeRO find no bu
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megachat.model.attention import attend
+from megachat.model.attention import attend, look_back
 from megachat.model.precision import as_multiplied
 from megachat.model.rows import Stretch
 
@@ -24,6 +25,9 @@ try:  # torch 2.9 has none, and the first ones shared no heads
 except ImportError:
     VARLEN = False
 
+STEP = 64
+"""What is remembered is looked at as if it were a multiple of this long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -33,15 +37,15 @@ class Rope:
     (a, b) becomes (a cos - b sin, b cos + a sin).
     """
 
-    cos: Float[Tensor, "seq 1 head_dim"]
-    sin: Float[Tensor, "seq 1 head_dim"]
+    cos: Float[Tensor, "*rows seq 1 head_dim"]
+    sin: Float[Tensor, "*rows seq 1 head_dim"]
     """Of which the first half is negative."""
 
     @staticmethod
-    def at(positions: Int[Tensor, " seq"], head_dim: int, base: float, dtype: torch.dtype) -> "Rope":
+    def at(positions: Int[Tensor, "*rows seq"], head_dim: int, base: float, dtype: torch.dtype) -> "Rope":
         """The rotations of tokens at `positions`. Angles are fp32; bf16 could not tell 4096 from 4097."""
         exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-        angles = positions[:, None, None].float() * base**-exponents
+        angles = positions[..., None, None].float() * base**-exponents
         cos, sin = angles.cos(), angles.sin()
         return Rope(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
@@ -80,65 +84,98 @@ class Spans:
 
 
 @dataclass(slots=True)
-class Past:
-    """The keys and values one layer has seen, allocated for as many heads as the first key has."""
-
-    capacity: int
-    k: Tensor | None = None
-    v: Tensor | None = None
-
-    def extend(self, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores what stands at `start` and after, and returns everything up to there."""
-        if self.k is None or self.v is None:
-            batch, heads, _, head_dim = k.shape
-            self.k = k.new_empty(batch, heads, self.capacity, head_dim)
-            self.v = v.new_empty(batch, heads, self.capacity, head_dim)
-        end = start + k.shape[2]
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
-@dataclass(slots=True)
 class Cache:
-    """What a model remembers of the tokens it has read, so that the next one costs one position.
+    """What a model remembers of the texts it reads, so that the next token of each costs one position.
 
-    Rows of different lengths are padded on the left: `padding` counts a row's pads, which nothing attends to.
-    Rotary positions are relative, so it does not matter that a padded row starts late.
+    A text has a slot, with room for `capacity` tokens. Each begins at the slot's beginning, whatever the
+    others do: its keys are rotated as in training, and its numbers do not depend on its neighbours.
     """
 
+    slots: int
     capacity: int
-    padding: Int[Tensor, " batch"] | None = None
-    length: int = 0
-    layers: dict[int, Past] = field(default_factory=dict)
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of each layer: slots kv_heads capacity head_dim."""
 
-    def layer(self, index: int) -> Past:
-        """The past of layer `index`."""
-        return self.layers.setdefault(index, Past(self.capacity))
+    def read(self, starts: Sequence[int], seq: int, counts: Sequence[int] = (), first: int = 0) -> "Reading":
+        """The next `seq` tokens of the texts in the slots from `first` on, of which they have read `starts`.
 
-    def mask(self, seq: int, device: torch.device) -> Bool[Tensor, "rows 1 seq past"] | None:
-        """Which keys the next `seq` tokens see; None where plain causal attention, or all of it, is right.
-
-        Pads see pads, or their softmax would have nothing to sum and fill the cache with NaN.
+        Where a text has fewer new tokens, `counts`, its row is padded on the right: nothing that counts sees
+        a pad, and what is remembered of it is written over.
         """
-        if self.padding is None and (seq == 1 or self.length == 0):
-            return None
-        keys = torch.arange(self.length + seq, device=device)
-        queries = keys[self.length :]
-        visible = (keys <= queries[:, None])[None]
-        if self.padding is not None:
-            real = keys >= self.padding[:, None]
-            visible = visible & (real[:, None, :] == real[:, self.length :, None])
-        return visible[:, None]
+        assert max(starts) + seq <= self.capacity, "a text is longer than its slot"
+        # In steps: a CPU kernel is made anew for each length.
+        reach = min(self.capacity, -(-(max(starts) + seq) // STEP) * STEP) if any(starts) else 0
+        return Reading(self, first, [*starts], [*counts] if counts and min(counts) < seq else [], reach)
 
-    def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Forgets every row but `rows`."""
-        if self.padding is not None:
-            self.padding = self.padding[rows]
-        for past in self.layers.values():
-            assert past.k is not None, "rows are forgotten after they were read"
-            assert past.v is not None
-            past.k, past.v = past.k[rows], past.v[rows]
+    def move(self, source: int, target: int) -> None:
+        """What is remembered of the text in one slot goes to another."""
+        for k, v in self.layers.values():
+            k[target], v[target] = k[source], v[source]
+
+    def of(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, with room for heads like these."""
+        if layer not in self.layers:
+            _, heads, _, head_dim = k.shape
+            shape = self.slots, heads, self.capacity, head_dim
+            # Zeros, for a weight of 0 does not hide a NaN.
+            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        return self.layers[layer]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one forward pass reads of the texts in a cache: a row of tokens for each.
+
+    In plain numbers, because DeepSpeed compares what tensor ranks are given, and cannot compare tensors here.
+    """
+
+    cache: Cache
+    first: int
+    """The slot of the first row's text; the others follow."""
+    starts: list[int]
+    """How many tokens of each text were read before."""
+    counts: list[int]
+    """How many tokens of each row are of its text; of none: all."""
+    reach: int
+    """The longest text ends here or before; 0 where nothing was read before."""
+
+    def places(self, seq: int, device: torch.device) -> Int[Tensor, "rows seq"]:
+        """Where in its text each token stands."""
+        return torch.tensor(self.starts, device=device)[:, None] + torch.arange(seq, device=device)
+
+    def mask(self, places: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows 1 seq past"] | None:
+        """Which remembered tokens each sees; None where all are new, and attention is plainly causal."""
+        if not self.reach:
+            return None
+        return (torch.arange(self.reach, device=places.device) <= places[..., None])[:, None]
+
+    def last(self, x: Float[Tensor, "rows seq dim"]) -> Float[Tensor, "rows 1 dim"]:
+        """What stands at the last token of each text."""
+        if not self.counts:
+            return x[:, -1:]
+        return x[range(len(x)), [count - 1 for count in self.counts]][:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What one layer remembers of the texts that are read."""
+
+    reading: Reading
+    layer: int
+    places: Int[Tensor, "rows seq"]
+    """Where in its text each token that is read stands."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Remembers keys and values (rows kv_heads seq head_dim), and returns all that may be seen."""
+        keys, values = self.reading.cache.of(self.layer, k, v)
+        first = self.reading.first
+        here = slice(first, first + len(k))
+        if not self.reading.reach:
+            keys[here, :, : k.shape[2]], values[here, :, : k.shape[2]] = k, v
+            return k, v
+        rows = torch.arange(first, first + len(k), device=k.device)[:, None]
+        keys[rows, :, self.places], values[rows, :, self.places] = k.transpose(1, 2), v.transpose(1, 2)
+        return keys[here, :, : self.reading.reach], values[here, :, : self.reading.reach]
 
 
 class Attention(nn.Module):
@@ -166,7 +203,6 @@ class Attention(nn.Module):
         rope: Rope,
         mask: Bool[Tensor, "rows 1 queries past"] | Spans | None = None,
         past: Past | None = None,
-        start: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
         """What each token gathers from those it sees: by `mask`, or without one, all up to itself."""
         # -1, not a number of heads: under tensor parallelism this rank holds only its own share of them.
@@ -175,7 +211,7 @@ class Attention(nn.Module):
         if self.stretch is not None and past is None:
             y = self.stretch.attend(self._gather, q, k, v, mask)
         else:
-            y = self._gather(q, k, v, mask, past, start)
+            y = self._gather(q, k, v, mask, past)
         gathered: Tensor = self.out(y.flatten(-2))
         return gathered
 
@@ -186,18 +222,22 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch seq kv_heads head_dim"],
         mask: Tensor | Spans | None,
         past: Past | None = None,
-        start: int = 0,
     ) -> Float[Tensor, "batch seq heads head_dim"]:
         """Over whole rows, of the heads that are here."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # batch heads seq head_dim
         # Fewer query heads per key head would pair heads that were not trained together, without a word.
         assert q.shape[1] == self.group * k.shape[1], f"{q.shape[1]} query heads for {k.shape[1]} key heads"
+        if past is not None:
+            q, k, v = (as_multiplied(t) for t in (q, k, v))
+            k, v = past.extend(k, v)
         if isinstance(mask, Spans):
             y = self._attend_within(q, k, v, mask)
-        elif past is None and q.device.type == "cpu":
-            y = attend(q, k, v, mask)
+        elif q.device.type != "cpu":
+            y = self._attend(q, k, v, mask)
+        elif past is not None and mask is not None:
+            y = look_back(q, k, v, mask)
         else:
-            y = self._attend(q, k, v, mask, past, start)
+            y = attend(q, k, v, mask)
         return y.transpose(1, 2)
 
     def _attend_within(
@@ -214,18 +254,15 @@ class Attention(nn.Module):
         return y.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Past | None, start: int
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Float[Tensor, "batch heads seq head_dim"]:
-        """By torch's kernels: on a GPU, and where there is a past."""
-        if past is not None:
-            k, v = past.extend(start, k, v)
-        causal = mask is None and q.shape[2] == k.shape[2]
+        """By torch's kernels, on a GPU."""
         shared = self.group > 1
         if shared and mask is not None and q.is_cuda:
             # With a mask, CUDA shares heads only in the kernel that holds all scores in memory.
             k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v))
             shared = False
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)
 
 
 class MLP(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
-from megachat.model.generate import Sampling, generate, stream, truncate
-from tests.model.test_gpt import some_tokens, tiny
+from megachat.model.generate import Request, Sampling, Writer, generate, stream, truncate, write
+from tests.model.test_gpt import in_transformers, some_tokens, tiny
 
 GREEDY = Sampling(temperature=0, top_k=0, top_p=1, max_new_tokens=12)
 FREE = Sampling(temperature=1, top_k=0, top_p=1, max_new_tokens=12)
@@ -184,3 +184,105 @@ def test_a_prompt_that_leaves_no_room_in_the_context_is_refused() -> None:
     assert (
         len(generate(tiny(), [prompt[:53]], GREEDY, set())[0]) == 12
     )  # 53 + 12 - 1 places: the last is not read
+
+
+def alone(model: nn.Module, request: Request) -> list[int]:
+    """The answer to one request by itself."""
+    return [written.token for written in write(model, [request])]
+
+
+REQUESTS = [
+    Request(
+        some_tokens(length, seed=length).tolist(),
+        Sampling(temperature=temperature, top_k=top_k, top_p=1, max_new_tokens=limit),
+        stop={limit},
+        seed=length,
+    )
+    for length, temperature, top_k, limit in [
+        (7, 1.0, 0, 12), (1, 0.0, 0, 5), (12, 1.0, 0, 12), (4, 2.0, 3, 20), (9, 1.0, 0, 1), (3, 1.0, 0, 8)
+    ]
+]  # fmt: skip
+"""Each with its own settings, stop token, and limit."""
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 6])
+def test_requests_of_all_kinds_share_slots_and_get_what_they_would_get_alone(slots: int) -> None:
+    model = tiny(tied=False)
+    answers: list[list[int]] = [[] for _ in REQUESTS]
+    for written in write(model, REQUESTS, slots):
+        answers[written.request].append(written.token)
+        request = REQUESTS[written.request]
+        full = len(answers[written.request]) == request.sampling.max_new_tokens
+        assert written.last == (full or written.token in request.stop)
+    assert answers == [alone(model, request) for request in REQUESTS]
+    assert {len(answer) for answer in answers} > {1, 5}
+
+
+def test_a_slot_is_taken_again_as_soon_as_it_is_free() -> None:
+    model = Wrapped(tiny(tied=False))
+    requests = [
+        Request([7, 8], GREEDY.model_copy(update={"max_new_tokens": limit}), set())
+        for limit in (2, 9, 2, 2, 3)
+    ]
+    assert len([*write(model, requests, slots=2)]) == 18
+    # Reading a prompt chooses a token, too. Two and two prompts, and the third to fifth when one has ended:
+    # 9 tokens of the second beside 2 + 2 + 2 + 3 of the others, of which each has a pass of its own for its
+    # prompt, in which the second waits.
+    assert model.batches == [2, 2, 1, 2, 1, 2, 1, 2, 2, 1, 1, 1]
+
+
+def test_requests_may_be_added_and_cancelled_while_others_are_written() -> None:
+    model = tiny(tied=False)
+    expected = [alone(model, request) for request in REQUESTS]
+    writer = Writer(model, slots=2, capacity=40)
+    first, second, waiting = (writer.add(request) for request in (REQUESTS[0], REQUESTS[2], REQUESTS[1]))
+    written = writer.step() + writer.step()
+    assert [one.request for one in written] == [first, second] * 2
+    writer.cancel(first)
+    writer.cancel(waiting)
+    writer.cancel(first)  # once more is no mistake: it may have ended meanwhile
+    third = writer.add(REQUESTS[3])
+    while not writer.idle:
+        written += writer.step()
+    answers = {number: [one.token for one in written if one.request == number] for number in range(4)}
+    assert answers == {first: expected[0][:2], second: expected[2], waiting: [], third: expected[3]}
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_log_probabilities_are_the_models_at_the_sampling_temperature(slots: int) -> None:
+    model = tiny(tied=False)
+    tokens = [[*request.prompt] for request in REQUESTS]
+    found: list[list[float]] = [[] for _ in REQUESTS]
+    for written in write(model, REQUESTS, slots):
+        tokens[written.request].append(written.token)
+        found[written.request].append(written.logp)
+    for request, text, logps in zip(REQUESTS, tokens, found, strict=True):
+        logits = model(tensor([text]))[0, len(request.prompt) - 1 : -1].detach()
+        # Among all tokens, whatever top_k leaves; greedily, at 1.
+        chosen = (logits / (request.sampling.temperature or 1)).log_softmax(-1)
+        assert_close(
+            tensor(logps),
+            chosen.gather(1, tensor(text)[len(request.prompt) :, None])[:, 0],
+            rtol=0,
+            atol=1e-5,
+        )
+
+
+def test_a_request_that_no_slot_has_room_for_says_how_much_there_is() -> None:
+    writer = Writer(tiny(), slots=1, capacity=20)
+    writer.add(Request([1] * 9, GREEDY, set()))  # 9 + 12 - 1: the last token is not read
+    with pytest.raises(
+        ValueError, match=r"10 tokens and max_new_tokens=12 need room for 21 tokens, and .* 20"
+    ):
+        writer.add(Request([1] * 10, GREEDY, set()))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_greedy_answers_are_those_of_transformers(qk_norm: bool) -> None:
+    model = tiny(tied=False, qk_norm=qk_norm)
+    other = in_transformers(model)
+    longest = max(map(len, PROMPTS))
+    padded = tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    real = tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    theirs = other.generate(padded, attention_mask=real, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert generate(model, PROMPTS, GREEDY, set()) == theirs[:, longest:].tolist()

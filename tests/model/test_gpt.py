@@ -1,6 +1,7 @@
 """The model against transformers' Qwen3 and Llama, and against itself."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def some_tokens(*shape: int, seed: int = 1) -> Tensor:
 
 
 def logits_of_transformers(model: GPT, tokens: Tensor) -> Tensor:
+    """What the same weights give there."""
+    with torch.no_grad():
+        logits: Tensor = in_transformers(model)(tokens).logits
+        return logits
+
+
+def in_transformers(model: GPT) -> Any:
     """The same weights in Qwen3 (with qk_norm) or Llama (without)."""
     transformers = pytest.importorskip("transformers")
     c = model.config
@@ -56,9 +64,7 @@ def logits_of_transformers(model: GPT, tokens: Tensor) -> Tensor:
     missing, unexpected = other.load_state_dict(renamed, strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if c.tied else [])
-    with torch.no_grad():
-        logits: Tensor = other(tokens).logits
-    return logits
+    return other
 
 
 @pytest.mark.parametrize("tied", [True, False])

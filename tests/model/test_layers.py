@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from megachat.model import layers
+from megachat.model.attention import look_back
 from megachat.model.layers import Cache, Rope, Spans
 from tests.model.test_gpt import some_tokens, tiny
 
@@ -24,48 +25,69 @@ def test_a_quarter_turn_swaps_the_halves_of_a_head() -> None:
 @pytest.mark.parametrize("pieces", [[13], [12, 1], [1] * 13, [4, 8, 1], [5, 1, 1, 6]])
 def test_reading_in_pieces_equals_reading_at_once(pieces: list[int]) -> None:
     model, tokens = tiny(), some_tokens(2, 13)
-    cache = Cache(20)
+    cache, read = Cache(2, 20), 0
     with torch.no_grad():
         for piece in tokens.split(pieces, dim=1):
-            logits = model(piece, cache=cache)
+            logits = model(piece, cache=cache.read([read, read], piece.shape[1]))
+            read += piece.shape[1]
         assert_close(logits, model(tokens)[:, -1:], rtol=0, atol=1e-5)
-    assert cache.length == 13
 
 
 @pytest.mark.parametrize("pieces", [[9], [8, 1], [3, 6]])
-def test_pads_on_the_left_are_not_seen(pieces: list[int]) -> None:
-    model, tokens = tiny(), some_tokens(3, 9)
-    cache = Cache(9, padding=tensor([0, 4, 8]))
+def test_pads_on_the_right_are_not_seen_and_are_written_over(pieces: list[int]) -> None:
+    model, tokens = tiny(), some_tokens(3, 18)
+    cache = Cache(3, 20)
+    lengths, starts = [9, 5, 1], [0, 0, 0]
     with torch.no_grad():
-        for piece in tokens.split(pieces, dim=1):
-            logits = model(piece, cache=cache)
-        for row, pads in enumerate([0, 4, 8]):
-            alone = model(tokens[row : row + 1, pads:])[:, -1]
-            assert_close(logits[row : row + 1, -1], alone, rtol=0, atol=1e-5)
+        logits = model(tokens[:, :9], cache=cache.read(starts, 9, lengths))
+        for row, length in enumerate(lengths):
+            assert_close(logits[row, 0], model(tokens[row : row + 1, :length])[0, -1], rtol=0, atol=1e-5)
+        for count in pieces:  # what comes next for each, which is not what stood in its padding
+            new = torch.stack([row[n : n + count] for row, n in zip(tokens.flip(0), lengths, strict=True)])
+            logits = model(new, cache=cache.read(lengths, count))
+            lengths = [length + count for length in lengths]
+        for row, (first, length) in enumerate(zip([9, 5, 1], lengths, strict=True)):
+            text = torch.cat((tokens[row, :first], tokens.flip(0)[row, first:length]))
+            assert_close(logits[row, 0], model(text[None])[0, -1], rtol=0, atol=1e-5)
 
 
-def test_pads_see_pads_so_that_no_softmax_is_empty() -> None:
-    mask = Cache(4, padding=tensor([2])).mask(4, torch.device("cpu"))
+def test_texts_in_other_slots_are_left_alone_and_may_be_moved() -> None:
+    model, tokens = tiny(), some_tokens(3, 9)
+    cache = Cache(3, 9)
+    with torch.no_grad():
+        model(tokens[:1, :8], cache=cache.read([0], 8))
+        model(tokens[1:, :6], cache=cache.read([0, 0], 6, first=1))
+        cache.move(2, 0)
+        logits = model(tokens[[2, 1], 6:7], cache=cache.read([6, 6], 1))
+        assert_close(logits[0, 0], model(tokens[2:3, :7])[0, -1], rtol=0, atol=1e-5)
+        assert_close(logits[1, 0], model(tokens[1:2, :7])[0, -1], rtol=0, atol=1e-5)
+
+
+def test_a_token_sees_its_own_text_up_to_itself_and_no_mask_is_made_where_all_is_new() -> None:
+    cache = Cache(2, 5)
+    reading = cache.read([1, 2], 2)
+    mask = reading.mask(reading.places(2, torch.device("cpu")))
     assert mask is not None
-    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask[:, 0].int().tolist() == [
+        [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
+        [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]],
+    ]
+    fresh = cache.read([0, 0], 4)
+    assert fresh.mask(fresh.places(4, torch.device("cpu"))) is None
 
 
-def test_a_cache_keeps_the_rows_it_is_told_to() -> None:
-    model, tokens = tiny(), some_tokens(3, 9)
-    cache = Cache(9, padding=tensor([2, 0, 5]))
-    with torch.no_grad():
-        model(tokens[:, :8], cache=cache)
-        cache.keep(tensor([2, 0]))
-        logits = model(tokens[[2, 0], 8:], cache=cache)
-        assert_close(logits[0, 0], model(tokens[2:3, 5:])[0, -1], rtol=0, atol=1e-5)
-        assert_close(logits[1, 0], model(tokens[0:1, 2:])[0, -1], rtol=0, atol=1e-5)
+def test_a_text_that_outgrows_its_slot_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="longer than its slot"):
+        Cache(2, 5).read([3, 4], 2)
 
 
-def test_no_mask_is_made_where_none_is_needed() -> None:
-    cpu = torch.device("cpu")
-    assert Cache(9).mask(5, cpu) is None
-    assert Cache(9, length=5).mask(1, cpu) is None
-    assert Cache(9, length=2).mask(2, cpu).tolist() == [[[[True, True, True, False], [True] * 4]]]
+def test_looking_back_is_attention_over_what_is_remembered() -> None:
+    draws = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 4, 2, 8, generator=draws)
+    k, v = torch.randn(2, 3, 2, 10, 8, generator=draws)
+    mask = torch.arange(10) <= tensor([[4, 5], [0, 1], [8, 9]])[:, None, :, None]
+    expected = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    assert_close(look_back(q, k, v, mask), expected, rtol=0, atol=1e-6)
 
 
 DOCUMENTS = tensor([[0, 0, 0, 1, 2], [2, 2, 2, 2, 2], [3, 4, 4, 4, 5]])
