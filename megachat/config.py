@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from megachat.stages import CONF, SETTINGS_OF, did_you_mean, stages
 
@@ -260,7 +261,8 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
         *above, last = detail["loc"]
         for part in above:
             cls = _block(cls, part)
-        hint = did_you_mean(str(last), cls.model_fields, f"it has {', '.join(cls.model_fields)}")
+        names = [*_settings(cls)]
+        hint = did_you_mean(str(last), names, f"it has {', '.join(names)}")
         return f"{key}: {cls.__name__} has no such setting; {hint}"
     if detail["type"] in ("is_instance_of", "model_type"):
         expected = detail["ctx"].get("class") or detail["ctx"].get("class_name")
@@ -275,9 +277,15 @@ def _explain(detail: Any, path: str, cls: type[Config]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {got!r}{hint}"
 
 
+def _settings(cls: type[Config]) -> dict[str, FieldInfo]:
+    """What a block can be given, by the name in YAML: where a method is called so, the field is not."""
+    return {field.alias or name: field for name, field in cls.model_fields.items()}
+
+
 def _block(cls: type[Config], part: str | int) -> type[Config]:
     """What a setting of a block consists of; the block itself for a place in a list or what is no block."""
-    kinds = [cls.model_fields[part].annotation] if part in cls.model_fields else []
+    known = _settings(cls)
+    kinds = [known[str(part)].annotation] if part in known else []
     while kinds:
         kind = kinds.pop()
         if isinstance(kind, type) and issubclass(kind, Config):
@@ -342,7 +350,7 @@ def _describe_block(tree: dict[str, Any], path: str) -> list[str]:
     cls = _locate(tree["_target_"], path, [])
     assert cls is not None, "a stage of ours names a class that is not there; tests/test_conf.py finds it"
     lines = []
-    for name, field in cls.model_fields.items():
+    for name, field in _settings(cls).items():
         value, key = tree.get(name), _join(path, name)
         documentation = " ".join((field.description or "").split())
         if isinstance(value, dict) and "_target_" in value:

@@ -10,6 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from megachat.align.rows import Rendered, Rows, drawn, padded, that_fit
 from megachat.data.conversations import Preference
 from megachat.data.loader import places
@@ -30,25 +34,46 @@ class Pair(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """The answers to one prompt, rendered with it, the best first."""
+
+    answers: tuple[Rendered, ...]
+    reference: tuple[float, ...] = ()
+    """The log-probability of each under a reference, where it is known beforehand."""
+
+    @property
+    def chosen(self) -> Rendered:
+        """The best."""
+        return self.answers[0]
+
+    @property
+    def rejected(self) -> Rendered:
+        """The worst."""
+        return self.answers[-1]
+
+
+@dataclass(frozen=True)
 class Pairs(Batch):
     """A micro-batch of preferences."""
 
     rows: Rows
     """The chosen answers, then as many rejected ones."""
+    reference: Float[Tensor, " rows"] | None
+    """The log-probability of each answer under the reference, where it is known beforehand."""
 
 
 @dataclass
 class Data:
     """What a stage that learns from preferences reads."""
 
-    train: list[Pair[Rendered]]
-    held_out: list[Pair[Rendered]]
+    train: list[Ranked]
+    held_out: list[Ranked]
     """Pairs that are only measured."""
 
 
 def rendered(
     preferences: Sequence[Preference], tokenizer: Tokenizer, context: int, needed: bool = True
-) -> list[Pair[Rendered]]:
+) -> list[Ranked]:
     """Prompt and answer as tokens, trained on from the first token of the answer to its stop token."""
     pairs = []
     for preference in preferences:
@@ -58,24 +83,26 @@ def rendered(
             answer = render_answer(text, tokenizer)
             return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
-        pairs.append(Pair(with_answer(preference.chosen), with_answer(preference.rejected)))
+        pairs.append(Ranked((with_answer(preference.chosen), with_answer(preference.rejected))))
     return that_fit(
-        pairs, lambda pair: max(len(pair.chosen[0]), len(pair.rejected[0])), context, "preferences", needed
+        pairs, lambda pair: max(len(tokens) for tokens, _ in pair.answers), context, "preferences", needed
     )
 
 
-def collate(pairs: Sequence[Pair[Rendered]], run: Running) -> Pairs:
+def collate(pairs: Sequence[Ranked], run: Running) -> Pairs:
     """A micro-batch; a pair weighs 1 however long it is."""
     rows = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], run.tokenizer.pad)
+    known = list(zip(*(pair.reference for pair in pairs), strict=True))
     return Pairs(
         weight=float(len(pairs)),
         work=rows.work(),
         samples=len(pairs),
         rows=rows,
+        reference=torch.tensor(known, dtype=torch.float64).flatten() if known else None,
     )
 
 
-def training_batches(task: Fed, run: Running, pairs: Sequence[Pair[Rendered]]) -> Iterator[list[Batch]]:
+def training_batches(task: Fed, run: Running, pairs: Sequence[Ranked]) -> Iterator[list[Batch]]:
     """This data rank's share of each step, from the run's position in the data on."""
     mesh, most = run.mesh, math.ceil(task.batch / run.mesh.data)
 

@@ -22,7 +22,7 @@ from megachat.align.policy import Clip, clipped_policy_loss, held_back, kl_rewar
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout, estimated, in_parts, joined, sample, shared
 from megachat.align.rows import Rows, drawn, padded, that_fit
-from megachat.align.start import frozen, language_model, scorer, without_dropout
+from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
 from megachat.data.conversations import Prompts, Split
 from megachat.data.loader import share
 from megachat.model.blueprint import Blueprint
@@ -144,8 +144,10 @@ class PPO(Task):
 
     def prepare(self, run: Running) -> int:
         """Loads the two judges and renders the prompts."""
-        reference, reward = language_model(self, self.start, run), scorer(self, self.reward, run)
-        run.frozen = {"reference": frozen(reference, run), "reward": frozen(reward, run)}
+        run.frozen = {
+            "reference": anchored(self, self.start, run),
+            "reward": frozen(scorer(self, self.reward, run), run),
+        }
         run.data = Asked(self._rendered("train", run), self._rendered("held_out", run))
         return self.rollouts * self.steps
 

@@ -15,6 +15,18 @@ from megachat.parallel import checkpoint
 from megachat.train.loop import Running, Task
 
 
+def anchored(task: Task, stage: str, run: Running) -> nn.Module:
+    """The model of a stage as the frozen reference: a run that goes on must have the one it began with."""
+    mark, began = _newest(task, stage, run).mark, run.progress.references
+    if began.setdefault(stage, mark) != mark:
+        raise ValueError(
+            f"{task.name} has trained against another reference until step {run.progress.step}: the model of "
+            f"`{stage}` was {began[stage][:12]}, and in {task.input(stage)} is {mark[:12]}; put that model "
+            "back, or give another run=... to start over with this one"
+        )
+    return frozen(language_model(task, stage, run), run)
+
+
 def language_model(task: Task, stage: str, run: Running) -> Blueprint[GPT]:
     """The model of a stage that writes text."""
     found = _open(task, stage, run)
@@ -45,10 +57,14 @@ def without_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
-def _open(task: Task, stage: str, run: Running) -> Blueprint[nn.Module]:
-    folder = task.input(stage)
-    newest = checkpoint.latest(folder)
+def _newest(task: Task, stage: str, run: Running) -> checkpoint.Checkpoint:
+    newest = checkpoint.latest(task.input(stage))
     newest.check_tokenizer(run.tokenizer)
+    return newest
+
+
+def _open(task: Task, stage: str, run: Running) -> Blueprint[nn.Module]:
+    newest = _newest(task, stage, run)
     newest.verify_together(run.mesh)
     found = checkpoint.blueprint(newest, "model")
     trunk = checkpoint.trunk(found.model)

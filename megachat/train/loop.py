@@ -75,6 +75,8 @@ class Progress:
     """Steps without an update, for the batch was skipped."""
     recent: list[float] = field(default_factory=list)
     """The losses of the last good steps, with which the guard compares the next."""
+    references: dict[str, str] = field(default_factory=dict)
+    """The stages whose models the run compares its own with, and the sums that tell those from others."""
 
     @property
     def updates(self) -> int:
@@ -352,6 +354,10 @@ class Task(Stage):
         """The learning rate of one of the models, as a multiple of the optimizer's."""
         return 1.0
 
+    def along(self) -> int:
+        """How many forward passes judges take beside a model in training, over the same rows."""
+        return 0
+
     def may_stop(self, run: Running) -> bool:
         """Whether the step just taken is a place to resume from (not in the middle of a rollout)."""
         return True
@@ -484,7 +490,7 @@ def flops_of(task: Task, model: nn.Module) -> Flops | None:
         "selective": "none" if torch.cuda.is_available() else "attention",
         "full": "blocks",
     }
-    return Flops(trunk.config, vocab, task.passes, again[task.parallel.checkpointing])
+    return Flops(trunk.config, vocab, task.passes + task.along(), again[task.parallel.checkpointing])
 
 
 def _describe(task: Task, tokenizer: Tokenizer) -> None:

@@ -1,20 +1,28 @@
 """DPO's loss by hand, and the place it converges to in closed form."""
 
+import shutil
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import full, tensor
 from torch.testing import assert_close
 
-from megachat.align.dpo import dpo_loss, of_pair, preference
+from megachat.align.dpo import of_pair
 from megachat.align.logprobs import token_logps
-from megachat.align.pairs import Pair
-from megachat.align.rows import padded
+from megachat.align.pairs import Pair, collate
+from megachat.align.preference import dpo_loss, preference
+from megachat.align.rows import Rows, padded
 from megachat.align.start import without_dropout
-from megachat.train.loop import train_step
+from megachat.config import decode
+from megachat.model.cross_entropy import IGNORE
+from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import Task, train_step
 from tests.align import tiny
+from tests.tiny_model import write_model
 
 
 def test_dpo_is_log_2_when_policy_equals_reference():
@@ -126,3 +134,80 @@ def test_it_comes_to_prefer_what_is_preferred(inputs: Path, run: Path):
     assert rows[0]["margin"] == 0
     assert rows[-1]["validation/accuracy"] > 0.85
     assert rows[-1]["validation/loss"] < 0.5
+
+
+LOSSES = [("robust",), ("ipo", "loss.beta=1"), ("simpo",), ("orpo",)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss[0])
+def test_every_loss_comes_to_prefer_what_is_preferred(loss: tuple[str, ...], inputs: Path, run: Path):
+    chosen = ["epochs=5", "optimizer.lr=1e-3", f"loss={loss[0]}", *loss[1:]]
+    tiny.stage("dpo", inputs, run, *tiny.PAIRS, *chosen).execute()
+    rows = tiny.rows(run, "dpo")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["validation/accuracy"] > 0.85
+    last = rows[-1]
+    assert last["margin"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo"])
+def test_a_loss_that_needs_no_reference_loads_none(loss: str, inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run, *tiny.PAIRS, f"loss={loss}")
+    assert tiny.running(task).frozen == {}
+    assert task.along() == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
+def test_neither_order_nor_company_nor_padding_changes_what_pairs_cost(loss: str, inputs: Path, run: Path):
+    task = tiny.stage("dpo", inputs, run, *tiny.PAIRS, f"loss={loss}", "imitation=0.5")
+    state = tiny.running(task)
+    with torch.no_grad():
+        for parameter in state.engines["model"].module.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    pairs = state.data.train[:8]
+    together = task.loss(state, collate(pairs, state))
+    turned = task.loss(state, collate(pairs[::-1], state))
+    singles = [task.loss(state, collate([pair], state)) for pair in pairs]
+    rows = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], state.tokenizer.end)
+    wider = [F.pad(x, (0, 3), value=y) for x, y in ((rows.tokens, 0), (rows.labels, IGNORE), (rows.real, 0))]
+    beside = task.loss(state, replace(collate(pairs, state), rows=Rows(*wider)))
+    for name, value in (together.losses | together.metrics).items():
+        assert value.abs() > 1e-3, name
+        for other in (turned, beside):
+            assert_close((other.losses | other.metrics)[name], value, rtol=1e-5, atol=1e-4)
+        alone = sum((one.losses | one.metrics)[name] for one in singles)
+        assert_close(alone, value, rtol=1e-5, atol=1e-4)
+
+
+def test_a_reference_read_beforehand_gives_the_same_losses_to_the_last_bit(inputs: Path, run: Path):
+    # 116 pairs or so in batches of 16: the last batch of the first epoch holds some of the second.
+    losses = {}
+    for reference in ("live", "precomputed"):
+        task = tiny.stage("dpo", inputs, run, "batch=16", "micro_batch=5", f"reference={reference}")
+        state = tiny.running(task)
+        assert list(state.frozen) == (["reference"] if reference == "live" else [])
+        batches, losses[reference] = task.batches(state), [task.measure(state)["loss"]]
+        assert len(state.data.train) % 16
+        for _ in range(len(state.data.train) // 16):
+            losses[reference].append(train_step(task, state, next(batches), rate=1e-2)["loss"])
+            state.progress.step += 1
+    assert losses["precomputed"] == losses["live"]
+    assert losses["live"][1] / 16 == pytest.approx(log(2), abs=1e-7)
+    assert losses["live"][-1] < losses["live"][1]
+
+
+def test_a_run_does_not_go_on_with_another_reference(inputs: Path, run: Path, tmp_path: Path):
+    own = shutil.copytree(inputs, tmp_path / "own")
+
+    def steps(count: int) -> Task:
+        return tiny.stage("dpo", own, run, *tiny.PAIRS, "resume=any", f"max_steps={count}")
+
+    steps(2).execute()
+    steps(3).execute()
+    shutil.rmtree(own / "sft")
+    tokenizer = Tokenizer.load(own / "tokenizer")
+    write_model(own / "sft", decode(tiny.SHAPE).build(tokenizer.vocab), tokenizer)
+    with pytest.raises(
+        ValueError, match="dpo has trained against another reference until step 3: the model of `sft` was"
+    ):
+        steps(4).execute()
