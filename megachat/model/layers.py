@@ -87,14 +87,17 @@ class Spans:
 class Cache:
     """What a model remembers of the texts it reads, so that the next token of each costs one position.
 
-    A text has a slot, with room for `capacity` tokens. Each begins at the slot's beginning, whatever the
-    others do: its keys are rotated as in training, and its numbers do not depend on its neighbours.
+    A text has a slot, with room for at most `capacity` tokens, made as they come. Each begins at the slot's
+    beginning, whatever the others do: its keys are rotated as in training, and its numbers do not depend on
+    its neighbours.
     """
 
     slots: int
     capacity: int
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Keys and values of each layer: slots kv_heads capacity head_dim."""
+    """Keys and values of each layer: slots kv_heads room head_dim."""
+    room: int = 0
+    """Tokens of a text that there is memory for."""
 
     def read(self, starts: Sequence[int], seq: int, counts: Sequence[int] = (), first: int = 0) -> "Reading":
         """The next `seq` tokens of the texts in the slots from `first` on, of which they have read `starts`.
@@ -102,10 +105,23 @@ class Cache:
         Where a text has fewer new tokens, `counts`, its row is padded on the right: nothing that counts sees
         a pad, and what is remembered of it is written over.
         """
-        assert max(starts) + seq <= self.capacity, "a text is longer than its slot"
-        # In steps: a CPU kernel is made anew for each length.
-        reach = min(self.capacity, -(-(max(starts) + seq) // STEP) * STEP) if any(starts) else 0
+        longest = max(starts) + seq
+        assert longest <= self.capacity, "a text is longer than its slot"
+        # In steps: a CPU kernel is made anew for each length. And better the whole memory than most of it,
+        # which it would copy first.
+        reach = min(self.capacity, -(-longest // STEP) * STEP)
+        self._grow(reach)
+        reach = (self.room if 4 * reach > 3 * self.room else reach) if any(starts) else 0
         return Reading(self, first, [*starts], [*counts] if counts and min(counts) < seq else [], reach)
+
+    def _grow(self, room: int) -> None:
+        """Makes room for texts of so many tokens."""
+        if room <= self.room:
+            return
+        self.room = room
+        for layer, both in self.layers.items():
+            k, v = (F.pad(one, (0, 0, 0, room - one.shape[2])) for one in both)
+            self.layers[layer] = k, v
 
     def move(self, source: int, target: int) -> None:
         """What is remembered of the text in one slot goes to another."""
@@ -116,7 +132,7 @@ class Cache:
         """The keys and values of a layer, with room for heads like these."""
         if layer not in self.layers:
             _, heads, _, head_dim = k.shape
-            shape = self.slots, heads, self.capacity, head_dim
+            shape = self.slots, heads, self.room, head_dim
             # Zeros, for a weight of 0 does not hide a NaN.
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
         return self.layers[layer]
