@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
@@ -94,6 +94,24 @@ def log_odds(logps: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     outside = torch.where(likely, -1.0, logps)
     against = torch.where(likely, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(outside)))
     return logps - against
+
+
+def kto_loss(
+    leads: Float[Tensor, " batch"],
+    good: Bool[Tensor, " batch"],
+    baseline: Float[Tensor, ""],
+    beta: float,
+    desirable: float,
+    undesirable: float,
+) -> Float[Tensor, " batch"]:
+    """weight * (1 - sigmoid(beta * (lead - baseline))) of a good answer, the lead turned round for a bad one.
+
+    `leads`: log(policy / reference) of each answer. Kahneman and Tversky's idea of value: what counts is the
+    distance from what one is used to, which is the `baseline`, and ever less the further away it is.
+    """
+    distance = torch.where(good, leads - baseline, baseline - leads)
+    weight = torch.where(good, desirable, undesirable)
+    return weight * torch.sigmoid(-beta * distance)
 
 
 class Objective(Config):

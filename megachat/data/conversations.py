@@ -235,6 +235,17 @@ class JsonUnpaired(UnpairedPreferences):
         return of_split(found, split, self.held_out, lambda item: item.prompt)
 
 
+class FromPairs(UnpairedPreferences):
+    """The answers of preferences: each that was preferred is good, each that was not is bad."""
+
+    preferences: Preferences
+    """Which of two answers is better."""
+
+    def unpaired(self, split: Split) -> list[Unpaired]:
+        """Both answers of each preference of the split; one that is chosen twice is there twice."""
+        return [one for pair in self.preferences.preferences(split) for one in unpair(pair)]
+
+
 class JsonRankings(Rankings):
     """Rankings from JSON lines: `{"prompt": ..., "answers": ["the best", ..., "the worst"]}`.
 

@@ -37,7 +37,10 @@ PACKAGES = (
 
 
 CURVES: dict[str, tuple[str, str | dict[str, str]]] = {
-    "loss": ("Loss", {"rm": "nats per pair", "dpo": "nats per pair", "ppo": "policy loss"}),
+    "loss": (
+        "Loss",
+        {"rm": "nats per pair", "dpo": "nats per pair", "kto": "value per answer", "ppo": "policy loss"},
+    ),
     "bits_per_byte": ("Held-out text", "bits per byte"),
     "reward/mean": ("Reward", "reward model's score"),
     "kl": ("Distance from SFT (KL)", "nats per answer"),

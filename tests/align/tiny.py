@@ -80,8 +80,15 @@ def make(run: Path) -> Path:
 
 def settings(name: str, inputs: Path) -> list[str]:
     """Of a stage that starts from the folder `inputs`."""
-    block = {"sft": "conversations", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}[name]
-    source = [f"{block}=json", f"{block}.path={inputs}/{block}.jsonl"]
+    block = {
+        "sft": "conversations",
+        "rm": "preferences",
+        "dpo": "preferences",
+        "kto": "unpaired",
+        "ppo": "prompts",
+    }[name]
+    file = "preferences" if block == "unpaired" else block
+    source = [f"{block}=json", f"{block}.path={inputs}/{file}.jsonl"]
     source += ["question=ab?"] if name == "sft" else [f"{block}.held_out=0.1"]
     return [f"inputs={inputs}", *source, *COMMON]
 

@@ -68,7 +68,7 @@ def test_the_best_finished_model_is_taken_and_stage_names_another(run: Path):
 
 def test_a_reward_model_cannot_be_talked_to(run: Path):
     with pytest.raises(
-        ConfigError, match="stage: input should be 'ppo', 'dpo', 'sft' or 'pretrain', got 'rm'"
+        ConfigError, match="stage: input should be 'ppo', 'dpo', 'kto', 'sft' or 'pretrain', got 'rm'"
     ):
         chat(run, "stage=rm")
 
