@@ -22,9 +22,9 @@ from torch import Tensor
 from megachat.align.advantages import gae, whiten
 from megachat.align.rows import Rendered, Rows
 from megachat.data.loader import places
-from megachat.model.generate import Sampling, generate
+from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
-from megachat.train.loop import Running, parts
+from megachat.train.loop import Running
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,79 @@ def sample(
 
     All ranks call it with all prompts and get all answers. Raises Stopped when asked to stop meanwhile.
     """
+    return [
+        ([*prompt, *answer.tokens], [0] * len(prompt) + [1] * len(answer.tokens))
+        for prompt, answer in zip(prompts, answered(run, prompts, seeds, sampling, at_once), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the policy said."""
+
+    tokens: list[int]
+    logps: list[float]
+    """The sampler's log-probability of each token. Where the loss is computed with newer weights or by other
+    kernels, the ratio to its own says by how much."""
+
+
+def answered(
+    run: Running,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    at_once: int,
+) -> list[Answer]:
+    """An answer to each prompt, of which each rank writes its share, `at_once` side by side.
+
+    All ranks call it with all prompts and get all answers. Raises Stopped when asked to stop meanwhile.
+    """
     assert sampling.top_k == 0, "the loss knows the whole distribution only"
     assert sampling.top_p == 1, "the loss knows the whole distribution only"
-    mesh, answers = run.mesh, []
+    mesh = run.mesh
+    requests = [
+        Request(prompts[row], sampling, {run.tokenizer.end}, seeds[row]) for row in shared(len(prompts), mesh)
+    ]
+    answers = [Answer([], []) for _ in requests]
+    looks = _Looks(run)
+    looks.look()
+    ended = 0
     with run.engines["model"].inference() as model:
-        for some in parts(shared(len(prompts), mesh), at_once):
-            run.watch.at("rollout")
-            run.pause()
-            answers += generate(
-                model,
-                [prompts[row] for row in some],
-                sampling,
-                {run.tokenizer.end},
-                [seeds[row] for row in some],
-                run.tokenizer.pad,
-                synced=run.synced,
-            )
+        synced = looks.synced if run.synced else None
+        for written in write(model, requests, at_once, run.tokenizer.pad, synced):
+            answers[written.request].tokens.append(written.token)
+            answers[written.request].logps.append(written.logp)
+            ended += written.last
+            # All ranks have equally many answers to write, though not at the same time.
+            if written.last and not run.synced and ended % at_once == 0:
+                looks.look()
     own = places(0, len(prompts), mesh.data_rank, mesh.data)
     everybodys = mesh.gather(answers[: len(own)])[:: mesh.tensor]  # of one of those that share a model
-    return [
-        ([*prompt, *answer], [0] * len(prompt) + [1] * len(answer))
-        for prompt, answer in zip(prompts, chain(*everybodys), strict=True)
-    ]
+    return [*chain(*everybodys)]
+
+
+class _Looks:
+    """Whether to stop, which ranks have to ask together: where they take each forward pass together, after
+    some of them; otherwise after some answers.
+    """
+
+    EVERY = 8
+    """Forward passes between two looks."""
+
+    def __init__(self, run: Running) -> None:
+        self.run, self.passes = run, 0
+
+    def look(self) -> None:
+        """Says that the run is alive. Raises Stopped when it is to stop."""
+        self.run.watch.at("rollout")
+        self.run.pause()
+
+    def synced(self, finished: bool) -> bool:
+        """Whether all ranks have finished."""
+        self.passes += 1
+        if self.passes % self.EVERY == 0:
+            self.look()
+        return self.run.mesh.all(finished)
 
 
 def in_parts(rows: Rows, size: int, measure: Callable[[Rows], Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
 from megachat.config import ConfigError
 from megachat.model.cross_entropy import IGNORE
-from megachat.model.generate import generate
+from megachat.model.generate import write
 from megachat.model.size import NOTHING
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.loop import Losses, Running, train_step
@@ -358,18 +358,21 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path,
 def test_a_rollout_is_not_waited_for_when_asked_to_stop(
     inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    calls = []
+    calls, ended = [], []
 
-    def asked(*arguments, **settings):
+    def asked(*arguments):
         calls.append(arguments)
-        if len(calls) == 5:  # of the second rollout the first of its four parts
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return generate(*arguments, **settings)
+        for written in write(*arguments):
+            if written.last and len(calls) == 2:
+                ended.append(written.request)
+                if len(ended) == 1:  # of the second rollout the first of its 32 answers
+                    os.kill(os.getpid(), signal.SIGUSR1)
+            yield written
 
-    monkeypatch.setattr(rollout, "generate", asked)
+    monkeypatch.setattr(rollout, "write", asked)
     settings = [*tiny.ROLLOUTS, "rollouts=3", "at_once=8", "validation_prompts=0", "checkpoint_interval=100"]
     tiny.stage("ppo", inputs, run, *settings).execute()
-    assert len(calls) == 5
+    assert (len(calls), len(ended)) == (2, 8)
     assert [path.name for path in (run / "ppo" / "checkpoints").glob("step-*")] == ["step-00000004"]
     tiny.stage("ppo", inputs, run, *settings).execute()
     assert [row["step"] for row in tiny.rows(run, "ppo")] == list(range(1, 13))

@@ -7,11 +7,13 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from megachat.align.logprobs import token_logps
 from megachat.align.ppo import PPO
-from megachat.align.rollout import Rollout, estimated, in_parts, sample
+from megachat.align.rollout import Rollout, answered, estimated, in_parts, sample
 from megachat.align.rows import Rows, padded
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Sampling
+from megachat.train.loop import Stopped
 from tests.align import tiny
 
 FREE = Sampling(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=8)
@@ -62,6 +64,35 @@ def test_the_same_seed_draws_the_same_answers_and_another_draws_others(inputs: P
     assert draw(1)[1:] == draw(1, 3)[1:] == draw(1, 10)[1:]  # whatever they are sampled with
     same = sample(state, [prompts[0]] * 2, [7, 8], FREE, 2)
     assert same[0] != same[1]
+
+
+def test_answers_come_with_the_samplers_log_probabilities(inputs: Path, run: Path):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    prompts = [[state.tokenizer.bos, *range(260, 260 + count)] for count in (1, 4, 2, 7, 3)]
+    answers = answered(state, prompts, range(5), FREE, at_once=2)
+    rendered = [
+        ([*prompt, *one.tokens], [0] * len(prompt) + [1] * len(one.tokens))
+        for prompt, one in zip(prompts, answers, strict=True)
+    ]
+    assert sample(state, prompts, range(5), FREE, at_once=3) == rendered
+    rows = padded(rendered, pad=0)
+    logps = token_logps(state.engines["model"](rows.tokens, where=rows.mask), rows.labels, FREE.temperature)
+    written = tensor([logp for one in answers for logp in one.logps])
+    assert_close(written, logps[rows.mask].detach(), rtol=0, atol=1e-4)
+
+
+def test_a_rollout_stops_when_it_is_asked_to_between_two_answers(inputs: Path, run: Path):
+    state = tiny.running(tiny.stage("sft", inputs, run))
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) == 3
+
+    state.asked = stop
+    with pytest.raises(Stopped):
+        answered(state, [[5, 6]] * 9, range(9), FREE, at_once=2)
+    assert len(asked) == 3  # before the first answer, after the second, after the fourth
 
 
 def test_an_answer_is_trained_on_with_its_stop_token_and_ends_at_the_limit_without_one(

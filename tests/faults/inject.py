@@ -192,7 +192,7 @@ class Injector:
         self._around(Saver, "_has_host", "host", "hosted")
         self._patch(loop, "fit", self._fit)
         self._around(loop, "start", "start", "joined")
-        self._around(rollout, "generate", "", "answers")
+        self._patch(rollout, "write", self._write)
         self._around(Engine, "__call__", "forward")
         self._patch(Engine, "backward", self._backward)
         self._patch(Engine, "step", self._engine_step)
@@ -217,6 +217,12 @@ class Injector:
             return result
 
         self._patch(owner, name, around)
+
+    def _write(self, original: Any, *arguments: Any) -> Any:
+        for written in original(*arguments):
+            if written.last:
+                self.reach("answers")
+            yield written
 
     def _fit(self, original: Any, task: Any) -> None:
         """Only now it is known which stage it is."""
