@@ -8,7 +8,7 @@ INSTALLED = Path(__file__).parent / "conf"
 CONF = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "conf"
 """The wheel carries `conf/` inside the package; in a checkout it stands beside it."""
 
-ORDER = "clean tokenizer encode doctor pretrain sft rm ppo dpo kto evaluate report pipeline chat".split()
+ORDER = "clean tokenizer encode doctor pretrain sft rm ppo dpo kto grpo evaluate report pipeline chat".split()
 """How the stages are listed: as data flows. One that is not named here comes last."""
 
 

@@ -1,5 +1,6 @@
 #!/bin/bash
-# After SFT: the reward model (STAGE=rm), then PPO against it (STAGE=ppo); or DPO or KTO, which need none (STAGE=dpo):
+# After SFT: the reward model (STAGE=rm), then PPO against it (STAGE=ppo); or DPO or KTO, which need none (STAGE=dpo);
+# or GRPO (STAGE=grpo), whose rewards programs give:
 #   STAGE=dpo sbatch --nodes=2 slurm/rlhf.sh run=runs/main
 #SBATCH --job-name=megachat-rlhf
 #SBATCH --nodes=1
@@ -13,4 +14,4 @@
 #SBATCH --output=slurm-%j.log
 cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}" ||  # which runs a copy of it: $0 points into Slurm's spool
     { echo "it is not on $SLURMD_NODENAME: sbatch --exclude=$SLURMD_NODENAME" >&2; exit 1; }
-exec bash slurm/launch.sh "${STAGE:?rm, ppo, dpo or kto}" "$@"
+exec bash slurm/launch.sh "${STAGE:?rm, ppo, dpo, kto or grpo}" "$@"

@@ -14,22 +14,18 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
-from megachat.align.logprobs import entropy, token_logps
 from megachat.align.policy import Clip, clipped_policy_loss, held_back, kl_rewards, log_ratio
 from megachat.align.rm import last_score
-from megachat.align.rollout import Rollout, estimated, in_parts, joined, sample, shared
-from megachat.align.rows import Rows, drawn, padded, that_fit
+from megachat.align.rollout import Rolling, Rollout, estimated, sample
+from megachat.align.rows import Rows, drawn, padded
 from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
-from megachat.data.conversations import Prompts, Split
 from megachat.data.loader import share
 from megachat.model.blueprint import Blueprint
 from megachat.model.draws import seed_of
-from megachat.model.generate import Sampling
-from megachat.tokenizer.chat_format import render_prompt
-from megachat.train.loop import Batch, Losses, Running, Task, micro_batches, parts
+from megachat.train.loop import Batch, Losses, Running, micro_batches, parts
 
 
 def clipped_value_loss(
@@ -56,39 +52,13 @@ class Sampled(Batch):
     returns: Float[Tensor, "batch seq"]
 
 
-@dataclass
-class Asked:
-    """The prompts, as tokens that end where the answer begins."""
-
-    train: list[list[int]]
-    held_out: list[list[int]]
-
-
-class PPO(Task):
+class PPO(Rolling):
     """Learn from a reward model, by sampling answers and making the better ones likelier."""
 
     name: ClassVar[str] = "ppo"
-    passes: ClassVar[int] = 0
 
-    start: str
-    """The stage whose model is trained on, and whose frozen copy is the reference."""
     reward: str
     """The stage whose model scores the answers; the critic starts from it, too."""
-    prompts: Prompts
-    """What the policy answers."""
-    rollouts: PositiveInt
-    """How often answers are sampled anew."""
-    rollout: PositiveInt
-    """Answers sampled at a time over all ranks, one to a prompt; a multiple of `batch`. The one to prompt k
-    follows from the seed, which rollout it is, and k."""
-    epochs: PositiveInt
-    """Passes over the answers of a rollout."""
-    at_once: PositiveInt
-    """Answers that one rank writes side by side."""
-    temperature: PositiveFloat
-    """What logits are divided by, when sampling and in the loss."""
-    max_new_tokens: PositiveInt
-    """The longest answer, in tokens."""
     kl: NonNegativeFloat
     """What a nat of distance from the reference costs, in the reward model's units."""
     unfinished: NonNegativeFloat
@@ -105,28 +75,6 @@ class PPO(Task):
     """Rollouts in which the critic learns alone."""
     critic_rate: PositiveFloat
     """The critic's learning rate as a multiple of the policy's, which is `optimizer.lr`."""
-    validation_prompts: NonNegativeInt
-    """Held-out prompts that are answered at each validation, at most."""
-
-    @model_validator(mode="after")
-    def _whole_batches(self) -> "PPO":
-        if self.rollout % self.batch:
-            raise ValueError(f"rollout={self.rollout} is not a multiple of batch={self.batch}")
-        if self.max_new_tokens >= self.context:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in context={self.context}"
-            )
-        return self
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps between two rollouts."""
-        return self.epochs * self.rollout // self.batch
-
-    @property
-    def sampling(self) -> Sampling:
-        """From the whole distribution."""
-        return Sampling(temperature=self.temperature, top_k=0, top_p=1.0, max_new_tokens=self.max_new_tokens)
 
     def reads(self) -> list[str]:
         """The tokenizer, the fine-tuned model, and the reward model."""
@@ -148,22 +96,13 @@ class PPO(Task):
             "reference": anchored(self, self.start, run),
             "reward": frozen(scorer(self, self.reward, run), run),
         }
-        run.data = Asked(self._rendered("train", run), self._rendered("held_out", run))
+        run.data = self.asked(run)
         return self.rollouts * self.steps
-
-    def _rendered(self, split: Split, run: Running) -> list[list[int]]:
-        prompts = [render_prompt(prompt.messages, run.tokenizer) for prompt in self.prompts.prompts(split)]
-        return that_fit(prompts, len, self.context - self.max_new_tokens, "prompts", needed=split == "train")
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """Samples a rollout, then goes over it `epochs` times in batches, each time in another order."""
         while True:
-            number = run.progress.step // self.steps
-            if run.progress.step % self.steps:
-                raise ValueError(
-                    f"step {run.progress.step} is in the middle of a rollout of {self.steps} steps; "
-                    "keep rollout, batch and epochs as they were when the checkpoint was written"
-                )
+            number = self.number(run)
             begun = time.monotonic()
             rollout = self._sample(run, number)
             rewards = self._rewards(rollout)
@@ -195,7 +134,7 @@ class PPO(Task):
     def _sample(self, run: Running, number: int) -> Rollout:
         run.watch.at("rollout")
         places = range(number * self.rollout, (number + 1) * self.rollout)
-        asked = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
+        asked = [run.data.train[i].tokens for i in drawn(len(run.data.train), self.seed, places)]
         seeds = [seed_of(self.seed, number, row) for row in range(self.rollout)]
         answered = sample(run, asked, seeds, self.sampling, self.at_once)
         rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
@@ -203,10 +142,10 @@ class PPO(Task):
         reference, reward = run.frozen["reference"], run.frozen["reward"]
 
         def judged(judge: Callable[[Rows], Tensor]) -> Tensor:
-            return self._judged(rows, judge, run)
+            return self.judged(rows, judge, run)
 
         with policy.inference(), critic.inference():
-            both = judged(lambda part: self._logps_and_entropies(policy, part))
+            both = judged(lambda part: self.logps_and_entropies(policy, part))
             return Rollout(
                 rows=rows,
                 stopped=torch.tensor([tokens[-1] == run.tokenizer.end for tokens, _ in answered]).to(
@@ -214,24 +153,10 @@ class PPO(Task):
                 ),
                 scores=judged(lambda part: last_score(reward(part.tokens), part.real)),
                 logps=both[:, 0],
-                reference=judged(lambda part: self._logps(reference, part)),
+                reference=judged(lambda part: self.logps(reference, part)),
                 values=judged(lambda part: critic(part.tokens)),
                 entropies=both[:, 1],
             )
-
-    def _judged(self, rows: Rows, judge: Callable[[Rows], Tensor], run: Running) -> Tensor:
-        """A figure for every row; the data ranks share the rows."""
-        count = len(rows.tokens)
-        own = rows.at(torch.tensor(shared(count, run.mesh)))
-        return joined(in_parts(own, self.micro_batch, judge), count, run.mesh)
-
-    def _logps(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch seq"]:
-        return token_logps(model(rows.tokens, where=rows.mask), rows.labels, self.temperature)
-
-    def _logps_and_entropies(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch 2 seq"]:
-        logits = model(rows.tokens, where=rows.mask)
-        logps = token_logps(logits, rows.labels, self.temperature)
-        return torch.stack([logps, entropy(logits, rows.mask, self.temperature)], dim=1)
 
     def _rewards(self, rollout: Rollout) -> Float[Tensor, "batch seq"]:
         scores = rollout.scores - self.unfinished * (~rollout.stopped).float()
@@ -247,7 +172,7 @@ class PPO(Task):
 
     def loss(self, run: Running, batch: Sampled) -> Losses:
         """The clipped losses of the policy and of the critic, summed over tokens."""
-        new = self._logps(run.engines["model"], batch.rows)
+        new = self.logps(run.engines["model"], batch.rows)
         clip = Clip(self.clip_ratio, self.clip_ratio)
         policy = clipped_policy_loss(new, batch.logps, batch.advantages, batch.rows.mask, clip)
         values = run.engines["critic"](batch.rows.tokens)
@@ -263,7 +188,7 @@ class PPO(Task):
 
     def measure(self, run: Running) -> dict[str, float]:
         """The mean score of answers to held-out prompts."""
-        asked = run.data.held_out[: self.validation_prompts]
+        asked = [one.tokens for one in run.data.held_out[: self.validation_prompts]]
         if not asked:
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(asked))]
@@ -271,12 +196,12 @@ class PPO(Task):
         rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
         reward = run.frozen["reward"]
         with run.engines["model"].inference():
-            scores = self._judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
+            scores = self.judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
         return {"reward": scores.double().mean().item()}
 
     def show(self, run: Running) -> str:
         """A prompt and how the policy answers it."""
-        prompt = (run.data.held_out or run.data.train)[0]
+        prompt = (run.data.held_out or run.data.train)[0].tokens
         seed = seed_of(self.seed, "sample", run.progress.step)
         ((tokens, _),) = sample(run, [prompt], [seed], self.sampling, 1)
         return f"{run.tokenizer.decode(prompt)} {run.tokenizer.decode(tokens[len(prompt) :])}"

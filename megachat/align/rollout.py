@@ -14,17 +14,122 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from megachat.align.advantages import gae, whiten
-from megachat.align.rows import Rendered, Rows
+from megachat.align.logprobs import entropy, token_logps
+from megachat.align.rows import Rendered, Rows, that_fit
+from megachat.data.conversations import Prompt, Prompts, Split
 from megachat.data.loader import places
 from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
-from megachat.train.loop import Running
+from megachat.tokenizer.chat_format import render_prompt
+from megachat.train.loop import Running, Task
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and its tokens, which end where the answer begins."""
+
+    prompt: Prompt
+    tokens: list[int]
+
+
+@dataclass
+class Asked:
+    """What the policy answers."""
+
+    train: list[Question]
+    held_out: list[Question]
+    """Only to measure."""
+
+
+class Rolling(Task):
+    """A stage that learns from answers it samples: a rollout of them, then some steps, and so on."""
+
+    passes: ClassVar[int] = 0
+
+    start: str
+    """The stage whose model is trained on, and whose frozen copy is the reference."""
+    prompts: Prompts
+    """What the policy answers."""
+    rollouts: PositiveInt
+    """How often answers are sampled anew."""
+    rollout: PositiveInt
+    """Answers sampled at a time over all ranks; a multiple of `batch`. Which they are follows from the seed,
+    which rollout it is, and which prompt."""
+    epochs: PositiveInt
+    """Passes over the answers of a rollout."""
+    at_once: PositiveInt
+    """Answers that one rank writes side by side."""
+    temperature: PositiveFloat
+    """What logits are divided by, when sampling and in the loss."""
+    max_new_tokens: PositiveInt
+    """The longest answer, in tokens."""
+    validation_prompts: NonNegativeInt
+    """Held-out prompts that are answered at each validation, at most."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "Rolling":
+        if self.rollout % self.batch:
+            raise ValueError(f"rollout={self.rollout} is not a multiple of batch={self.batch}")
+        if self.max_new_tokens >= self.context:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in context={self.context}"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.epochs * self.rollout // self.batch
+
+    @property
+    def sampling(self) -> Sampling:
+        """From the whole distribution."""
+        return Sampling(temperature=self.temperature, top_k=0, top_p=1.0, max_new_tokens=self.max_new_tokens)
+
+    def number(self, run: Running) -> int:
+        """Which rollout comes next, which is asked between two of them."""
+        if run.progress.step % self.steps:
+            raise ValueError(
+                f"step {run.progress.step} is in the middle of a rollout of {self.steps} steps; "
+                "keep rollout, batch and epochs as they were when the checkpoint was written"
+            )
+        return run.progress.step // self.steps
+
+    def asked(self, run: Running) -> Asked:
+        """The prompts that fit, as tokens."""
+        return Asked(self._rendered("train", run), self._rendered("held_out", run))
+
+    def _rendered(self, split: Split, run: Running) -> list[Question]:
+        found = [
+            Question(prompt, render_prompt(prompt.messages, run.tokenizer))
+            for prompt in self.prompts.prompts(split)
+        ]
+        room = self.context - self.max_new_tokens
+        return that_fit(found, lambda one: len(one.tokens), room, "prompts", needed=split == "train")
+
+    def judged(self, rows: Rows, judge: Callable[[Rows], Tensor], run: Running) -> Tensor:
+        """A figure for every row; the data ranks share the rows."""
+        count = len(rows.tokens)
+        own = rows.at(torch.tensor(shared(count, run.mesh)))
+        return joined(in_parts(own, self.micro_batch, judge), count, run.mesh)
+
+    def logps(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch seq"]:
+        """Of the answers' tokens, at the temperature they are sampled at."""
+        return token_logps(model(rows.tokens, where=rows.mask), rows.labels, self.temperature)
+
+    def logps_and_entropies(self, model: Callable[..., Tensor], rows: Rows) -> Float[Tensor, "batch 2 seq"]:
+        """Both of one forward pass."""
+        logits = model(rows.tokens, where=rows.mask)
+        logps = token_logps(logits, rows.labels, self.temperature)
+        return torch.stack([logps, entropy(logits, rows.mask, self.temperature)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -179,3 +284,35 @@ def estimated(
     """Advantages, whitened over all answers, and returns, which are not."""
     advantages, returns = gae(rewards, rollout.values, rollout.rows.mask, gamma, lam)
     return whiten(advantages, rollout.rows.mask), returns
+
+
+def repetition(answers: Sequence[Sequence[int]], length: int = 4) -> float:
+    """The share of four tokens in a row that the same answer has said before. Example: abababab -> 3/5."""
+    seen = said = 0
+    for answer in answers:
+        runs = [tuple(answer[first : first + length]) for first in range(len(answer) - length + 1)]
+        seen, said = seen + len(runs) - len(set(runs)), said + len(runs)
+    return seen / said if said else 0.0
+
+
+def must_be_on_policy(
+    new: Float[Tensor, "batch seq"],
+    old: Float[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    run: Running,
+    of: str,
+) -> None:
+    """Before anything has moved the two are the same, or hours are burned on gradients of something else.
+
+    All ranks call it. What rounding makes of the same forward pass twice is let pass.
+    """
+    apart = torch.where(mask, (new - old).abs(), 0.0).sum().double()
+    sums = run.mesh.sum_tensor(torch.stack([apart, mask.sum().double()])).tolist()
+    most = 1e-3 if next(run.engines["model"].module.parameters()).dtype == torch.float32 else 0.1
+    if run.mesh.any(not sums[0] / max(sums[1], 1) < most):
+        raise ValueError(
+            f"before its first step {of} is off by {sums[0] / max(sums[1], 1):.3g} nats per token, where it "
+            "must be 0: the loss does not compute the probabilities that the answers were scored with. Is "
+            "there dropout left, or a kernel whose result depends on the batch? Set micro_batch=1, or "
+            "parallel.precision=fp32, to see which"
+        )

@@ -42,7 +42,7 @@ class Evaluate(Stage):
     """The questions; for recall they need true answers."""
     preferences: Preferences
     """Whose held-out part the reward model is tried on."""
-    policies: list[Literal["ppo", "dpo"]]
+    policies: list[Literal["ppo", "dpo", "grpo"]]
     """The aligned models that are compared with SFT."""
     questions: PositiveInt
     """Questions for each recall and each win rate, where there are that many."""

@@ -92,6 +92,16 @@ MEASURES = {
         "share",
         0.5,
     ),
+    "grpo_win_rate": Measure(
+        "GRPO against SFT",
+        "Questions on which its answer is closer to the true sentence; ties count half",
+        "share",
+        0.5,
+    ),
+    "grpo_reward_gain": Measure(
+        "GRPO's gain in reward", "Mean over its answers minus that over SFT's", "gain"
+    ),
+    "grpo_kl": Measure("GRPO's distance from SFT", "KL divergence, nats per answer", "number"),
 }
 HEADLINES = 8
 """The first so many of `MEASURES` are shown large."""

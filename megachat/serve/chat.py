@@ -23,7 +23,7 @@ from megachat.run import Stage, finished
 from megachat.tokenizer.chat_format import render_prompt
 from megachat.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
-Talkative = Literal["ppo", "dpo", "kto", "sft", "pretrain"]
+Talkative = Literal["ppo", "dpo", "kto", "grpo", "sft", "pretrain"]
 BEST_FIRST: tuple[Talkative, ...] = get_args(Talkative)
 """Which of a run's models to talk to, when none is named."""
 
@@ -41,8 +41,8 @@ class Chat(Stage):
     recorded: ClassVar[bool] = False
 
     stage: Talkative | None
-    """Whose model: `ppo`, `dpo`, `kto`, `sft` or `pretrain`; null takes the first of these that has
-    finished."""
+    """Whose model: `ppo`, `dpo`, `kto`, `grpo`, `sft` or `pretrain`; null takes the first of these
+    that has finished."""
     prompt: str | None
     """A question to answer once; null opens a conversation."""
     system: str | None

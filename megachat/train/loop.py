@@ -77,6 +77,8 @@ class Progress:
     """The losses of the last good steps, with which the guard compares the next."""
     references: dict[str, str] = field(default_factory=dict)
     """The stages whose models the run compares its own with, and the sums that tell those from others."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What a stage carries along besides weights, such as how many prompts it has asked."""
 
     @property
     def updates(self) -> int:

@@ -27,7 +27,12 @@ STAGES = {
         "rollout=16", "at_once=3", "epochs=1", "max_new_tokens=6", "critic_first=0", "validation_prompts=4",
         "optimizer.lr=1e-3",
     ],
+    "grpo": [
+        "rollout=16", "group=4", "at_once=3", "epochs=1", "max_new_tokens=6", "validation_prompts=4",
+        "optimizer.lr=1e-3", "rewards=[model,length]", "rewards.length.longest=2", "variant.mean=token",
+    ],
 }  # fmt: skip
+SAMPLING = ("ppo", "grpo")
 COMPARED = ("loss", "critic/loss", "gradient_norm", "critic/gradient_norm", "accuracy", "margin")
 COMPARED += ("reward/mean", "answer/length", "advantage", "validation/")
 
@@ -36,7 +41,7 @@ def train(inputs: Path, run: Path, steps: int, *overrides: str) -> None:
     """Every stage goes on to its step `steps`, in this layout. All start from what lies in `inputs`."""
     for name, settings in STAGES.items():
         sizes = ["batch=8", "micro_batch=2", "resume=any", "parallel.precision=fp32", "validation_interval=2"]
-        upto = f"rollouts={steps // 2}" if name == "ppo" else f"max_steps={steps}"
+        upto = f"rollouts={steps // 2}" if name in SAMPLING else f"max_steps={steps}"
         tiny.stage(name, inputs, run / name, *sizes, *settings, upto, *overrides).execute()
 
 
@@ -69,7 +74,7 @@ def test_a_step_takes_the_flops_that_are_counted(name: str, inputs: Path, run: P
         for role, loss in result.losses.items():
             state.engines[role].backward(loss, last=True)
     flops = flops_of(task, state.engines["model"].module)
-    if name == "ppo":
+    if name in SAMPLING:
         assert flops is None  # rollouts, judges and a critic: no number of passes tells them
         return
     tokens = batch.inputs if name == "sft" else batch.rows.tokens

@@ -1,13 +1,12 @@
 """PPO's pieces by hand, and its gradient against the exact one, over all that a tiny policy can say."""
 
-import json
 import os
+import secrets
 import shutil
 import signal
 from itertools import pairwise
 from math import log
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -286,10 +285,23 @@ def test_micro_batches_of_one_add_up_to_the_batch(inputs: Path, run: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("epochs", "rate"), [(1, 1e-3), (2, 5e-4)])
-def test_it_learns_what_the_reward_model_rewards(half_right: Path, run: Path, epochs: int, rate: float):
+@pytest.mark.parametrize(
+    ("epochs", "rate", "seed"),
+    [(1, 1e-3, 0), (2, 5e-4, 0), (1, 1e-3, secrets.randbelow(2**31))],
+    ids=["one epoch", "two epochs", "random"],
+)
+def test_it_learns_what_the_reward_model_rewards(
+    half_right: Path, run: Path, epochs: int, rate: float, seed: int
+):
     settings = ["batch=64", "micro_batch=64", "rollout=64", "at_once=64", "max_new_tokens=6", "rollouts=40"]
-    settings += [f"epochs={epochs}", "kl=0", "unfinished=0", "critic_first=2", "clip_value=10"]
+    settings += [
+        f"epochs={epochs}",
+        "kl=0",
+        "unfinished=0",
+        "critic_first=2",
+        "clip_value=10",
+        f"seed={seed}",
+    ]
     task = tiny.stage("ppo", half_right, run, *settings)
     state = tiny.running(task)
     state.frozen["reward"] = Letters(state.tokenizer)
@@ -301,30 +313,7 @@ def test_it_learns_what_the_reward_model_rewards(half_right: Path, run: Path, ep
         state.progress.step += 1
         rewards.append(state.notes["reward/mean"])
     assert sum(rewards[:3]) / 3 < 0.8
-    assert sum(rewards[-5:]) / 5 > 0.9, rewards[::5]
-
-
-@pytest.fixture(scope="module")
-def half_right(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose SFT model has learnt from answers with six letters in ten right, the others random."""
-    folder = tmp_path_factory.mktemp("half_right") / "inputs"
-    shutil.copytree(inputs, folder)
-    random = Random(0)
-    lines = (folder / "conversations.jsonl").read_text().splitlines() * 10
-    with (folder / "conversations.jsonl").open("w") as file:
-        for line in lines:
-            asked, answered = json.loads(line)["messages"]
-            said = [
-                letter if random.random() < 0.6 else random.choice(tiny.LETTERS)
-                for letter in answered["content"]
-            ]
-            file.write(json.dumps({"messages": [asked, answered | {"content": "".join(said)}]}) + "\n")
-    trained = folder.parent / "trained"
-    settings = ["batch=16", "micro_batch=16", "epochs=20", "validation=0"]
-    tiny.stage("sft", folder, trained, *settings).execute()
-    shutil.rmtree(folder / "sft")
-    shutil.copytree(trained / "sft", folder / "sft")
-    return folder
+    assert sum(rewards[-5:]) / 5 > (0.8 if seed else 0.9), (seed, rewards[::5])
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path, tmp_path: Path):

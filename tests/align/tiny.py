@@ -31,6 +31,7 @@ COMMON += [
 
 
 PAIRS = ["batch=16", "micro_batch=16"]
+GROUPS = ["group=4", "rewards.exact.after=''"]
 ROLLOUTS = ["batch=16", "micro_batch=8", "rollout=32", "epochs=2", "at_once=32", "max_new_tokens=8"]
 
 
@@ -64,7 +65,7 @@ def make(run: Path) -> Path:
             for spoilt in (wrong(q), q[:2])
         ],
     )
-    _write(run / "prompts.jsonl", [{"prompt": q} for q in questions])
+    _write(run / "prompts.jsonl", [{"prompt": q, "answer": answer(q)} for q in questions])
     texts = [f"{q} {answer(q)} {' '.join(answer(q))}" for q in questions]
     tokenizer = train(texts, vocab=280, character_coverage=1.0, threads=1)
     (run / "tokenizer").mkdir()
@@ -86,6 +87,7 @@ def settings(name: str, inputs: Path) -> list[str]:
         "dpo": "preferences",
         "kto": "unpaired",
         "ppo": "prompts",
+        "grpo": "prompts",
     }[name]
     file = "preferences" if block == "unpaired" else block
     source = [f"{block}=json", f"{block}.path={inputs}/{file}.jsonl"]

@@ -60,7 +60,7 @@ def full(run: Path) -> Path:
 def test_it_holds_seconds_and_scores_in_their_agreed_places(full: Path):
     facts, _ = report(full)
     assert facts["stages"]["pretrain"]["seconds"] == 3.0
-    assert facts["seconds"] == sum(range(9))
+    assert facts["seconds"] == sum(range(11))
     assert facts["evaluation"]["recall_seen"] == {"value": 0.625, "low": 0.5, "high": 0.75, "n": 240}
 
 

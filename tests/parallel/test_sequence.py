@@ -95,7 +95,7 @@ def test_what_cannot_share_rows_names_what_can(monkeypatch: pytest.MonkeyPatch) 
     check_rows(model, 2, 64)
 
 
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "dpo", "grpo"])
 def test_other_stages_refuse_to_share_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=rf"only pretrain does; use sequence=1 for {name}"):

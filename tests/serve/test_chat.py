@@ -54,7 +54,8 @@ def test_chinese_and_apostrophes_can_be_asked(run: Path):
 
 def test_the_best_finished_model_is_taken_and_stage_names_another(run: Path):
     with pytest.raises(
-        ValueError, match=r"no model in .* has finished training \(looked for ppo, dpo, sft, pretrain\)"
+        ValueError,
+        match=r"no model in .* has finished training \(looked for ppo, dpo, kto, grpo, sft, pretrain\)",
     ):
         chat(run).chosen()
     for stage in ("pretrain", "sft", "ppo"):
@@ -68,7 +69,7 @@ def test_the_best_finished_model_is_taken_and_stage_names_another(run: Path):
 
 def test_a_reward_model_cannot_be_talked_to(run: Path):
     with pytest.raises(
-        ConfigError, match="stage: input should be 'ppo', 'dpo', 'kto', 'sft' or 'pretrain', got 'rm'"
+        ConfigError, match="stage: input should be 'ppo', 'dpo', 'kto', 'grpo', 'sft' or 'pretrain', got 'rm'"
     ):
         chat(run, "stage=rm")
 
