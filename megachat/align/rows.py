@@ -2,8 +2,8 @@
 
 Labels are shifted here, once: `labels[i]` is the token after `tokens[i]` where that token is trained on, and
 `IGNORE` elsewhere. What a model computes at a position then always belongs to the label at the same position.
-A conversation that does not fit is left out whole, and counted aloud: cut short and given a stop token, it
-would teach to stop in mid-sentence.
+What does not fit is left out whole, or cut off, and counted aloud. What is cut off has no stop token: with
+one it would teach to stop in mid-sentence.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -86,18 +86,42 @@ class Packed:
     tokens: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     documents: Int[Tensor, "batch seq"]
+    scale: Float[Tensor, "batch seq"] | None = None
+    """How much each label counts; None: all 1."""
+
+    @property
+    def trained(self) -> int:
+        """How many labels there are."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def weight(self) -> float:
+        """How much all labels count together."""
+        return float(self.trained if self.scale is None else self.scale.sum(dtype=torch.float64))
 
 
-def packed(rows: Sequence[Sequence[Rendered]], pad: int, length: int) -> Packed:
-    """Each row's conversations one after the other; the padding behind them is a document of its own."""
+def packed(rows: Sequence[Sequence[Rendered]], pad: int, length: int, prompt_weight: float = 0.0) -> Packed:
+    """Each row's conversations one after the other; the padding behind them is a document of its own.
+
+    With `prompt_weight` also the tokens that the mask leaves out have labels, which count that much.
+    """
     shape = len(rows), length
-    out = Packed(torch.full(shape, pad), torch.full(shape, IGNORE), torch.full(shape, -1))
+    out = Packed(
+        torch.full(shape, pad),
+        torch.full(shape, IGNORE),
+        torch.full(shape, -1),
+        torch.zeros(shape) if prompt_weight else None,
+    )
     for row, conversations in enumerate(rows):
         start = 0
         for document, (tokens, mask) in enumerate(conversations):
             stop = start + len(tokens)
             out.tokens[row, start:stop] = torch.tensor(tokens)
-            out.labels[row, start : stop - 1] = torch.tensor(shifted(tokens, mask))
+            if out.scale is None:
+                out.labels[row, start : stop - 1] = torch.tensor(shifted(tokens, mask))
+            else:
+                out.labels[row, start : stop - 1] = torch.tensor(tokens[1:])
+                out.scale[row, start : stop - 1] = torch.tensor(mask[1:]).clamp(min=prompt_weight)
             out.documents[row, start:stop] = document
             start = stop
     return out
@@ -143,6 +167,19 @@ def that_fit(
         dropped = len(items) - len(kept)
         say(f"{dropped:,} of {len(items):,} {what} are longer than {context} tokens and are left out")
     return kept
+
+
+def cut(
+    items: Sequence[int], lengths: Callable[[int], int], read: Callable[[int], Rendered], context: int
+) -> list[int]:
+    """The items of which something to train on is left when they are cut off after `context` tokens."""
+    long = [item for item in items if lengths(item) > context]
+    empty = {item for item in long if not any(read(item)[1][:context])}
+    if long:
+        say(f"{len(long):,} of {len(items):,} conversations are cut off after {context} tokens")
+    if empty:
+        say(f"{len(empty):,} of them have nothing to train on before that, and are left out")
+    return [item for item in items if item not in empty]
 
 
 def drawn(count: int, seed: int, places: Iterable[int]) -> list[int]:

@@ -8,13 +8,13 @@ what its tokens cost and its loss is that of its conversations one by one.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxtyping import Float, Int
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from megachat.align.rows import Rendered, drawn, pack, packed, that_fit
+from megachat.align.rows import Rendered, cut, drawn, pack, packed, that_fit
 from megachat.align.start import language_model
 from megachat.data.conversations import Conversations, Encoded, Message, opening, share
 from megachat.data.loader import places
@@ -45,6 +45,8 @@ class Said(Batch):
 
     inputs: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
+    scale: Float[Tensor, "batch seq"] | None
+    """How much each label counts; None: all 1."""
     documents: Int[Tensor, "batch seq"] = field(metadata=STAYS)
 
 
@@ -56,9 +58,14 @@ class Packed(Sequence[list[Rendered]]):
     """Rows of conversations, each put together when it is asked for."""
 
     def __init__(self, conversations: Sequence[Rendered], lengths: Sequence[int], task: "SFT", needed: bool):
-        fitting = that_fit(range(len(lengths)), lengths.__getitem__, task.context, "conversations", needed)
+        items: Sequence[int] = range(len(lengths))
+        if task.too_long == "truncate":
+            items = cut(items, lengths.__getitem__, conversations.__getitem__, task.context)
+            lengths = [min(length, task.context) for length in lengths]
+        fitting = that_fit(items, lengths.__getitem__, task.context, "conversations", needed)
         rows = pack([lengths[item] for item in fitting], task.context)
         self.conversations, self.rows = conversations, [[fitting[item] for item in row] for row in rows]
+        self.context = task.context
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +73,8 @@ class Packed(Sequence[list[Rendered]]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
-        return [self.conversations[item] for item in self.rows[number]]
+        whole = [self.conversations[item] for item in self.rows[number]]
+        return [(tokens[: self.context], mask[: self.context]) for tokens, mask in whole]
 
 
 @dataclass
@@ -89,6 +97,15 @@ class SFT(Fed):
     """What is imitated; `encoded`: what `megachat encode_chat` has written."""
     epochs: PositiveFloat
     """Passes over the conversations."""
+    too_long: Literal["drop", "truncate"]
+    """What becomes of a conversation that is longer than `context`: it is left out, or its end is cut off. An
+    answer that is cut has no stop token, so it never teaches to stop there."""
+    prompt_weight: Annotated[float, Field(ge=0, le=1)]
+    """How much a token that the assistant does not say counts, beside 1 for one that it says
+    (Huerta-Enochian and Ko, 2024, https://arxiv.org/abs/2401.13586); 0: the assistant's side alone."""
+    neftune: NonNegativeFloat
+    """Noise added to the embeddings in training, the paper's alpha, there 5 to 15 (Jain et al., 2023,
+    https://arxiv.org/abs/2310.05914); 0: none."""
     validation: Annotated[float, Field(ge=0, lt=1)]
     """The share of conversations that is only measured; of encoded ones `encode_chat` has kept it apart."""
     question: str
@@ -104,7 +121,9 @@ class SFT(Fed):
 
     def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The base model."""
-        return {"model": language_model(self, self.start, run)}
+        start = language_model(self, self.start, run)
+        start.model.noise = self.neftune
+        return {"model": start}
 
     def prepare(self, run: Running) -> int:
         """Packs the conversations."""
@@ -142,32 +161,38 @@ class SFT(Fed):
 
         return fed(self, run, make)
 
-    def _collate(self, rows: Sequence[list[Rendered]], run: Running) -> Said:
-        full = packed(rows, run.tokenizer.pad, self.context)
-        trained = int((full.labels != IGNORE).sum())
+    def _collate(
+        self, rows: Sequence[list[Rendered]], run: Running, prompt_weight: float | None = None
+    ) -> Said:
+        weight = self.prompt_weight if prompt_weight is None else prompt_weight
+        full = packed(rows, run.tokenizer.pad, self.context, weight)
         return Said(
-            weight=float(trained),
-            work=Work.of([len(tokens) for row in rows for tokens, _ in row], trained),
+            weight=full.weight,
+            work=Work.of([len(tokens) for row in rows for tokens, _ in row], full.trained),
             samples=len(rows),
             inputs=full.tokens,
             labels=full.labels,
+            scale=full.scale,
             documents=full.documents,
         )
 
     def loss(self, run: Running, batch: Said) -> Losses:
-        """-log p, summed over what the assistant says."""
+        """-log p, summed over what the assistant says, and over the rest as far as that counts."""
         engine = run.engines["model"]
         return Losses({"model": self._cost(engine, batch)}, load_of(engine.module, batch))
 
     def _cost(self, model: Callable[..., Tensor], batch: Said) -> Float[Tensor, ""]:
-        return model(batch.inputs, batch.documents, where=batch.labels != IGNORE, labels=batch.labels)
+        where = batch.labels != IGNORE
+        return model(batch.inputs, batch.documents, where=where, labels=batch.labels, scale=batch.scale)
 
     def measure(self, run: Running) -> dict[str, float]:
-        """The loss per token on conversations that are not trained on."""
+        """The loss per token of the assistant's in conversations that are not trained on."""
         nats = tokens = 0.0
         with run.engines["model"].inference() as model:
             held_out = run.data.held_out
-            for batch in measured(held_out, self.micro_batch, run, lambda part: self._collate(part, run)):
+            for batch in measured(
+                held_out, self.micro_batch, run, lambda part: self._collate(part, run, 0.0)
+            ):
                 cost = self._cost(model, batch)
                 if batch.samples:
                     nats += cost.item()

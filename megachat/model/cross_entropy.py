@@ -62,13 +62,15 @@ def cross_entropy(
     weight: Float[Tensor, "words dim"],
     labels: Int[Tensor, "*batch"],
     share: Share | None = None,
+    scale: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """The sum of -log p(label) in nats, in fp32, over the positions whose label is not `IGNORE`.
 
     Logits are `x` times `weight`, in the dtype of `x` (or autocast's); log-probabilities are fp32. With
-    `share`, `weight` is that of some words, and the sum that over all of them.
+    `share`, `weight` is that of some words, and the sum that over all of them. `scale` multiplies each term.
     """
-    total: Tensor = _Sum.apply(as_multiplied(x.flatten(0, -2)), weight, labels.flatten(), share)
+    scale = None if scale is None else scale.flatten()
+    total: Tensor = _Sum.apply(as_multiplied(x.flatten(0, -2)), weight, labels.flatten(), share, scale)
     return total
 
 
@@ -91,7 +93,9 @@ class _Sum(torch.autograd.Function):
     """A sum, so that a row's gradient is known, up to one factor, as soon as its logits are."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, share: Share | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, share: Share | None, scale: Tensor | None
+    ) -> Tensor:
         used, total = weight.to(x.dtype), torch.zeros((), dtype=wide(x), device=x.device)
         training = any(ctx.needs_input_grad)
         x_gradient = torch.empty_like(x) if training else None
@@ -101,11 +105,13 @@ class _Sum(torch.autograd.Function):
             part = slice(first, first + _rows(weight, share))
             row, place, own = x[part], places[part], here[part]
             logps = _logps(row @ used.T, share)
-            total += _nats(logps, place, own).sum()
+            found = _nats(logps, place, own)
+            total += (found if scale is None else found * scale[part]).sum()
             if x_gradient is not None and weight_gradient is not None:
                 slope = logps.exp_()  # of the loss, by each logit: p(token) - [token is the label]
                 slope.scatter_add_(-1, place[:, None], -own[:, None].to(slope.dtype))
-                slope = slope.mul_((labels[part] != IGNORE)[:, None]).to(x.dtype)
+                counts = (labels[part] != IGNORE)[:, None]
+                slope = slope.mul_(counts if scale is None else counts * scale[part, None]).to(x.dtype)
                 torch.mm(slope, used, out=x_gradient[part])
                 weight_gradient += slope.T @ row
         if share is not None:
@@ -116,10 +122,10 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_gradient, weight_gradient = ctx.saved_tensors
         (factor,) = factors
-        return x_gradient * factor, (weight_gradient * factor).to(ctx.dtype), None, None
+        return x_gradient * factor, (weight_gradient * factor).to(ctx.dtype), None, None, None
 
 
 def rows_at_once(words: int, device: str) -> int:

@@ -186,6 +186,8 @@ class GPT(nn.Module):
         self.vocab = vocab
         self.stretch: Stretch | None = None
         """Which tokens of each row are here; None: all."""
+        self.noise = 0.0
+        """Of the embeddings in training (`noisy`)."""
         self.load: Tensor | None = None
         """Of the experts, in the last forward pass of training with labels (`Routing.load`)."""
         self.embed = Embedding(vocab, config.dim)
@@ -213,16 +215,17 @@ class GPT(nn.Module):
         where: Bool[Tensor, "batch seq"] | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
         each: bool = False,
+        scale: Float[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch out vocab"] | Float[Tensor, "chosen vocab"] | Float[Tensor, "*batch"]:
         """Logits of the token after each, in the model's dtype.
 
         With a cache, after the last of each text alone; with `where`, after those that it marks, row by row.
-        With `labels` not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`;
-        with `each`, which has no gradient, its terms. Where ranks share rows, all give and get them whole. In
-        training the sum's gradient is with the penalties of routers.
+        With `labels` not these, but the sum of -log p(label) in nats over the labels that are not `IGNORE`,
+        each times its `scale`; with `each`, which has no gradient, its terms. Where ranks share rows, all
+        give and get them whole. In training the sum's gradient is with the penalties of routers.
         """
         stretch = None if cache is not None else self.stretch
-        assert stretch is None or (labels is not None and where is None), (
+        assert stretch is None or (labels is not None and where is None and scale is None), (
             "rows are shared for their loss only"
         )
         x, scores = self._states(tokens, documents, cache)
@@ -231,6 +234,8 @@ class GPT(nn.Module):
             assert stretch is None, "penalties are of whole rows"
             routed = routing(torch.stack(scores), labels != IGNORE, self.config.moe)
             penalty, self.load = routed.penalty, routed.load
+            if scale is not None:  # the penalty is a sum over tokens, and is divided by what they count
+                penalty = penalty * scale.sum() / (labels != IGNORE).sum().clamp(min=1)
         if stretch is not None and labels is not None:
             labels = stretch.own(labels)
         if cache is not None:
@@ -240,10 +245,11 @@ class GPT(nn.Module):
             count = int(where.sum())
             x = F.pad(x[where], (0, 0, 0, -count % 128))
             labels = None if labels is None else F.pad(labels[where], (0, -count % 128), value=IGNORE)
+            scale = None if scale is None else F.pad(scale[where], (0, -count % 128))
         if self.head is None:
-            y = output(x, self.embed.weight, labels, each, self.embed.share)
+            y = output(x, self.embed.weight, labels, each, self.embed.share, scale)
         else:
-            y = self.head(x, labels, each)
+            y = self.head(x, labels, each, scale)
         if stretch is not None:
             return stretch.join(y) if each else stretch.sum(y)
         if penalty is not None and not each:
@@ -279,6 +285,9 @@ class GPT(nn.Module):
         if cache is None and self.stretch is not None:
             first, tokens = self.stretch.start(seq), self.stretch.own(tokens)
         x = self.embed(tokens)
+        if self.noise and self.training and torch.is_grad_enabled():
+            assert self.stretch is None, "noise depends on how long a whole row is"
+            x = noisy(x, torch.zeros_like(tokens) if documents is None else documents, self.noise)
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         if cache is not None:
             positions = cache.places(seq, x.device)
@@ -300,6 +309,22 @@ class GPT(nn.Module):
             routed.append(scores)
         states: Tensor = self.norm(x)
         return states, [scores for scores in routed if scores is not None]
+
+
+def noisy(
+    x: Float[Tensor, "batch seq dim"], documents: Int[Tensor, "batch seq"], alpha: float
+) -> Float[Tensor, "batch seq dim"]:
+    """Embeddings with the noise of NEFTune (Jain et al., 2023, https://arxiv.org/abs/2310.05914).
+
+    A document of `seq` tokens gets uniform noise of up to alpha / sqrt(seq dim) in each number, whatever else
+    is in its row: the sum of its squares is alpha^2 / 3 on average, however long the document is.
+    """
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    place = begins.flatten().cumsum(0) - 1
+    lengths = place.bincount()[place].view(documents.shape)
+    most = (alpha / (lengths * x.shape[-1]) ** 0.5).to(x)
+    return x + (torch.rand_like(x) * 2 - 1) * most[..., None]
 
 
 def same_document(documents: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:

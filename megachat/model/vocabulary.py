@@ -34,16 +34,28 @@ class Output(nn.Linear):
     """Which words are here; None: all."""
 
     def forward(
-        self, x: Float[Tensor, "*batch dim"], labels: Int[Tensor, "*batch"] | None = None, each: bool = False
+        self,
+        x: Float[Tensor, "*batch dim"],
+        labels: Int[Tensor, "*batch"] | None = None,
+        each: bool = False,
+        scale: Float[Tensor, "*batch"] | None = None,
     ) -> Tensor:
-        """With `labels` their sum; with `each`, which has no gradient, one by one."""
-        return output(x, self.weight, labels, each, self.share)
+        """With `labels` their sum, each times its `scale`; with `each`, which has no gradient, one by one."""
+        return output(x, self.weight, labels, each, self.share, scale)
 
 
-def output(x: Tensor, weight: Tensor, labels: Tensor | None, each: bool, share: Share | None) -> Tensor:
+def output(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    each: bool,
+    share: Share | None,
+    scale: Tensor | None = None,
+) -> Tensor:
     """What `Output` computes, with whatever weight."""
     if labels is not None:
-        return nats(x, weight, labels, share) if each else cross_entropy(x, weight, labels, share)
+        assert scale is None or not each, "terms are not scaled, their sum is"
+        return nats(x, weight, labels, share) if each else cross_entropy(x, weight, labels, share, scale)
     if share is None:
         return F.linear(x, weight)
     return share.join(F.linear(share.copy(x), weight))

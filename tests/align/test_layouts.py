@@ -20,7 +20,7 @@ from tests.align import tiny
 from tests.spawn import on_ranks
 
 STAGES = {
-    "sft": ["epochs=9", "context=16", "validation=0.2"],
+    "sft": ["epochs=9", "context=16", "validation=0.2", "prompt_weight=0.25"],
     "rm": ["epochs=1"],
     "dpo": ["epochs=1", "imitation=0.1"],
     "ppo": [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from megachat.align.rows import drawn, pack, packed, padded, that_fit
+from megachat.align.rows import cut, drawn, pack, packed, padded, that_fit
 from megachat.model.cross_entropy import IGNORE as NO
 from megachat.model.size import Work
 
@@ -39,6 +39,27 @@ def test_packed_conversations_keep_their_labels_and_get_no_label_across_the_wall
         [NO, 7, NO, 9, NO, NO, NO, NO, NO],
     ]
     assert out.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, -1], [0, 0, 0, 0, 0, -1, -1, -1, -1]]
+
+
+def test_a_prompts_tokens_have_labels_too_where_they_count_for_something():
+    out = packed([[SHORT, LONG]], pad=0, length=9, prompt_weight=0.25)
+    assert out.labels.tolist() == [[5, 9, NO, 6, 7, 8, 9, NO, NO]]
+    assert out.scale is not None
+    assert out.scale.tolist() == [[0.25, 1.0, 0.0, 0.25, 1.0, 0.25, 1.0, 0.0, 0.0]]
+    assert (out.trained, out.weight) == (6, 3 + 3 * 0.25)
+    plain = packed([[SHORT, LONG]], pad=0, length=9)
+    assert (plain.scale, plain.trained, plain.weight) == (None, 3, 3.0)
+
+
+def test_what_is_cut_off_has_something_left_to_train_on(capsys: pytest.CaptureFixture[str]):
+    rendered = [SHORT, LONG, ([1, 6, 7, 8, 9], [0, 0, 0, 0, 1])]
+    lengths = [len(tokens) for tokens, _ in rendered]
+    assert cut(range(3), lengths.__getitem__, rendered.__getitem__, 5) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert cut(range(3), lengths.__getitem__, rendered.__getitem__, 4) == [0, 1]
+    said = capsys.readouterr().err
+    assert "2 of 3 conversations are cut off after 4 tokens" in said
+    assert "1 of them have nothing to train on before that, and are left out" in said
 
 
 def test_packing_by_hand():

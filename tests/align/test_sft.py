@@ -1,9 +1,11 @@
 """SFT: what is trained on, that packing changes nothing, that nothing is cut short, and that it learns."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from megachat.align.rows import padded
@@ -11,6 +13,7 @@ from megachat.align.sft import SFT
 from megachat.config import compose
 from megachat.data.conversations import Conversation, Message
 from megachat.model.size import Work
+from megachat.parallel.checkpoint import latest
 from megachat.run import Stage, perform
 from megachat.tokenizer.chat_format import render
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -30,8 +33,11 @@ def test_the_labels_are_exactly_what_the_assistant_says_and_its_stop_tokens(inpu
     assert trained_on == [*tokenizer.encode("abab"), tokenizer.end, *tokenizer.encode("yes"), tokenizer.end]
 
 
-def test_a_packed_row_costs_what_its_conversations_cost_one_by_one(inputs: Path, run: Path):
-    task = tiny.stage("sft", inputs, run, "context=32")
+@pytest.mark.parametrize("prompt_weight", [0, 0.25])
+def test_a_packed_row_costs_what_its_conversations_cost_one_by_one(
+    inputs: Path, run: Path, prompt_weight: float
+):
+    task = tiny.stage("sft", inputs, run, "context=32", f"prompt_weight={prompt_weight}")
     assert isinstance(task, SFT)
     state = tiny.running(task)
     rendered = [render(chat(*said), state.tokenizer) for said in (("ab?", "abab"), ("h", "a"), ("de", "ed"))]
@@ -58,6 +64,126 @@ def test_a_conversation_longer_than_the_context_is_left_out_whole(
     assert "1 of 65 conversations are longer than 24 tokens and are left out" in capsys.readouterr().err
     assert sum(len(row) for row in state.data.rows) == 64
     assert all(tokens[-1] == state.tokenizer.end for row in state.data.rows for tokens, _ in row)
+
+
+def test_packed_conversations_have_the_logits_and_gradients_that_they_have_alone(inputs: Path, run: Path):
+    task = tiny.stage("sft", inputs, run, "context=32")
+    assert isinstance(task, SFT)
+    state = tiny.running(task)
+    model = state.engines["model"].module
+    rendered = [render(chat(*said), state.tokenizer) for said in (("ab?", "abab"), ("h", "a"), ("de", "ed"))]
+    together = task._collate([rendered], state)
+    packed = model(together.inputs, together.documents)
+    for document, (tokens, _) in enumerate(rendered):
+        alone = model(torch.tensor([tokens]))
+        assert_close(packed[together.documents == document], alone[0], rtol=0, atol=1e-6)
+    gradients = []
+    for batches in ([together], [task._collate([[one]], state) for one in rendered]):
+        cost = sum(task._cost(model, batch) for batch in batches)
+        gradients.append(torch.autograd.grad(cost, list(model.parameters())))
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def mixed(inputs: Path, run: Path, *said: tuple[str, ...]) -> str:
+    """The path of the 64 conversations and more."""
+    run.mkdir(parents=True)
+    lines = (inputs / "conversations.jsonl").read_text()
+    for one in said:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(one)]
+        lines += json.dumps({"messages": messages}) + "\n"
+    (run / "mixed.jsonl").write_text(lines)
+    return str(run / "mixed.jsonl")
+
+
+@pytest.mark.parametrize("source", ["json", "encoded"])
+def test_an_answer_that_is_cut_off_teaches_its_beginning_and_no_stop(
+    inputs: Path, run: Path, capsys: pytest.CaptureFixture[str], source: str
+):
+    long, late = ("ab?", "abcdefgh" * 10), ("ab?" * 20, "ab")
+    turns = ("ab?", "abab", "cd?", "cdcd", "ef?", "efef")  # the last answer does not fit
+    path = mixed(inputs, run, long, late, turns)
+    settings = ["conversations=json", f"conversations.path={path}", "validation=0"]
+    if source == "encoded":
+        where = [f"run={run}", f"inputs={inputs}", "log.wandb=disabled"]
+        perform(Stage.of(compose("encode_chat", [*where, *settings])))
+        settings = ["conversations=encoded"]
+        stage = Stage.of(
+            compose("sft", [*where, *settings, "too_long=truncate", "question=ab?", *tiny.COMMON])
+        )
+    else:
+        stage = tiny.stage("sft", inputs, run, *settings, "too_long=truncate")
+    assert isinstance(stage, SFT)
+    state = tiny.running(stage)
+    said = capsys.readouterr().err
+    assert "3 of 67 conversations are cut off after 24 tokens" in said
+    assert "1 of them have nothing to train on before that, and are left out" in said
+    end = state.tokenizer.end
+    kept = [one for row in state.data.rows for one in row]
+    assert len(kept) == 66
+    for said in (long, turns):
+        tokens, mask = render(chat(*said), state.tokenizer)
+        assert (tokens[:24], mask[:24]) in kept
+        assert tokens[24] != end != tokens[23]  # it is cut in the middle of an answer
+    assert max(len(tokens) for tokens, _ in kept) == 24
+    trained = {tuple(token for token, one in zip(*rendered, strict=True) if one) for rendered in kept}
+    beginning = state.tokenizer.encode("abcdefgh" * 10)
+    (cut,) = [labels for labels in trained if end not in labels]
+    assert list(cut) == beginning[: len(cut)]
+    assert len(cut) > 10
+
+
+def test_the_prompts_tokens_count_as_much_as_is_said(inputs: Path, run: Path):
+    task = tiny.stage("sft", inputs, run, "prompt_weight=0.25")
+    assert isinstance(task, SFT)
+    state = tiny.running(task)
+    model = state.engines["model"].module
+    tokens, mask = rendered = render(chat("ab?", "abab", "h", "a"), state.tokenizer)
+    batch = task._collate([[rendered]], state)
+    answers = sum(mask)
+    prompts = len(tokens) - 1 - answers  # nothing asks for the first token
+    assert batch.weight == answers + 0.25 * prompts
+    assert batch.work.logits == answers + prompts
+    logps = model(torch.tensor([tokens])).log_softmax(-1)[0, :-1]
+    nats = -logps.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    trained = torch.tensor(mask[1:]).bool()
+    expected = nats[trained].sum() + 0.25 * nats[~trained].sum()
+    assert_close(task.loss(state, batch).losses["model"], expected, rtol=1e-5, atol=0)
+    measured = task.measure(state)  # what is measured is the assistant's side alone, to compare runs by
+    plain = tiny.stage("sft", inputs, run)
+    assert measured == plain.measure(tiny.running(plain))
+
+
+def test_noise_is_in_what_is_trained_on_and_not_in_what_is_measured(inputs: Path, run: Path):
+    found = []
+    for alpha in (0, 5):
+        task = tiny.stage("sft", inputs, run, f"neftune={alpha}")
+        assert isinstance(task, SFT)
+        state = tiny.running(task)
+        batch = task._collate(state.data.rows[:2], state)
+        found.append((task.loss(state, batch).losses["model"].item(), task.measure(state)))
+    (quiet, measured), (loud, measured_too) = found
+    assert abs(loud / quiet - 1) > 1e-4
+    assert measured == measured_too
+
+
+def test_a_run_with_noise_goes_on_to_the_last_bit_as_if_it_had_not_stopped(inputs: Path, tmp_path: Path):
+    settings = ["neftune=5", "prompt_weight=0.1", "batch=8", "micro_batch=4", "epochs=9", "resume=any"]
+
+    def trained(name: str, *steps: int) -> list[dict[str, float]]:
+        for step in steps:
+            tiny.stage("sft", inputs, tmp_path / name, *settings, f"max_steps={step}").execute()
+        keys = ("loss", "gradient_norm", "tokens")
+        return [{key: row[key] for key in keys} for row in tiny.rows(tmp_path / name, "sft")]
+
+    whole, stopped = trained("whole", 4), trained("stopped", 2, 4)
+    assert len(whole) == 4
+    assert stopped == whole
+    one, other = (
+        load_file(latest(tmp_path / name / "sft").path / "tensors-00000-00000.safetensors")
+        for name in ("whole", "stopped")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_is_measured_is_not_trained_on(inputs: Path, run: Path):

@@ -56,6 +56,17 @@ def test_sums_and_gradients_are_those_of_the_full_logits() -> None:
     assert_close(found, expected, rtol=1e-5, atol=1e-6)  # that of the full logits was taken in fp32
 
 
+def test_a_term_counts_as_much_as_its_scale_and_so_does_its_gradient() -> None:
+    x, weight, labels = example(torch.float64)
+    scale = torch.rand(labels.shape)
+    terms = plain(x, weight, labels, "none").double().view(labels.shape)
+    expected = torch.autograd.grad((terms * scale).sum() * 0.3, (x, weight))
+    found = torch.autograd.grad(cross_entropy(x, weight, labels, scale=scale) * 0.3, (x, weight))
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)  # that of the full logits was taken in fp32
+    whole = cross_entropy(x, weight, labels, scale=torch.ones(labels.shape))
+    assert torch.equal(whole, cross_entropy(x, weight, labels))
+
+
 def test_in_bf16_gradients_are_no_further_from_fp32_than_those_of_the_full_logits() -> None:
     x, weight, labels = example(torch.float32)
     exact = torch.autograd.grad(plain(x, weight, labels, "sum"), (x, weight))

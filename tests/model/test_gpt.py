@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from megachat.model.gpt import GPT, GPTConfig, same_document
+from megachat.model.gpt import GPT, GPTConfig, noisy, same_document
 from megachat.model.layers import Rope
 
 TINY = GPTConfig(
@@ -121,6 +121,33 @@ def test_dropout_acts_in_training_alone() -> None:
     assert_close(model(tokens), model(tokens), rtol=0, atol=0)
     model.train()
     assert (model(tokens) - model(tokens)).abs().max() > 0.01
+
+
+def test_noise_is_bounded_by_the_length_of_its_own_document() -> None:
+    torch.manual_seed(0)
+    documents = torch.tensor([[0] * 4 + [1] * 25 + [-1] * 3, [0] * 16 + [1] * 16])
+    noise = noisy(torch.zeros(2, 32, 100), documents, alpha=5.0)
+    parts = [noise[0, :4], noise[0, 4:29], noise[0, 29:], noise[1, :16], noise[1, 16:]]
+    for part, length in zip(parts, (4, 25, 3, 16, 16), strict=True):
+        most = 5.0 / (length * 100) ** 0.5
+        assert part.abs().max() <= most
+        assert part.abs().max() > 0.95 * most  # of 300 draws or more: missed once in 5 million times
+        assert abs(part.square().sum() - 25 / 3) < 4 * 25 / (180 * length * 100 / 16) ** 0.5  # 4 deviations
+
+
+def test_noise_acts_in_training_alone() -> None:
+    model, tokens = tiny(), some_tokens(2, 10)
+    quiet = model(tokens)
+    model.noise = 5.0
+    assert torch.equal(model(tokens), quiet)
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(model(tokens), quiet)
+    torch.manual_seed(3)
+    loud = model(tokens)
+    assert not torch.allclose(loud, quiet)
+    torch.manual_seed(3)
+    assert torch.equal(model(tokens), loud)
 
 
 def test_a_bf16_model_returns_bf16_logits_near_those_of_fp32() -> None:
