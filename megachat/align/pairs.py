@@ -1,21 +1,22 @@
 """Preferences as batches: what the reward model and DPO train on.
 
 A batch holds the chosen answers in its first half and the rejected ones in its second, so that both go
-through the model in one forward. Only the answer and its stop token are trained on, never the conversation
-that led to them.
+through the model in one forward; of rankings first all best answers, then all second ones, and so on. Only
+the answer and its stop token are trained on, never the conversation that led to them.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from megachat.align.rows import Rendered, Rows, drawn, padded, that_fit
-from megachat.data.conversations import Preference
+from megachat.data.conversations import Preference, Ranking
 from megachat.data.loader import places
 from megachat.tokenizer.chat_format import render_answer, render_prompt
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -38,6 +39,8 @@ class Ranked:
     """The answers to one prompt, rendered with it, the best first."""
 
     answers: tuple[Rendered, ...]
+    margin: float = 0.0
+    """By how much each is better than the next, where that is known."""
     reference: tuple[float, ...] = ()
     """The log-probability of each under a reference, where it is known beforehand."""
 
@@ -57,7 +60,16 @@ class Pairs(Batch):
     """A micro-batch of preferences."""
 
     rows: Rows
-    """The chosen answers, then as many rejected ones."""
+    """The best answer to every prompt, then the second to every prompt, and so on: of pairs first the chosen
+    ones, then as many rejected."""
+    better: Int[Tensor, " pairs"]
+    """Which rows are preferred, one for each two answers of a prompt."""
+    worse: Int[Tensor, " pairs"]
+    """Which rows they are preferred to."""
+    share: Float[Tensor, " pairs"]
+    """What each pair counts, so that a prompt counts 1 however many answers it has."""
+    margin: Float[Tensor, " pairs"]
+    """By how much the better is better, where that is known."""
     reference: Float[Tensor, " rows"] | None
     """The log-probability of each answer under the reference, where it is known beforehand."""
 
@@ -72,33 +84,45 @@ class Data:
 
 
 def rendered(
-    preferences: Sequence[Preference], tokenizer: Tokenizer, context: int, needed: bool = True
+    preferences: Sequence[Preference | Ranking], tokenizer: Tokenizer, context: int, needed: bool = True
 ) -> list[Ranked]:
     """Prompt and answer as tokens, trained on from the first token of the answer to its stop token."""
-    pairs = []
-    for preference in preferences:
-        prompt = render_prompt(preference.prompt, tokenizer)
-
-        def with_answer(text: str, prompt: list[int] = prompt) -> Rendered:
-            answer = render_answer(text, tokenizer)
-            return prompt + answer, [0] * len(prompt) + [1] * len(answer)
-
-        pairs.append(Ranked((with_answer(preference.chosen), with_answer(preference.rejected))))
+    ranked = []
+    for one in preferences:
+        prompt = render_prompt(one.prompt, tokenizer)
+        texts = one.answers if isinstance(one, Ranking) else (one.chosen, one.rejected)
+        answers = [render_answer(text, tokenizer) for text in texts]
+        both = tuple((prompt + answer, [0] * len(prompt) + [1] * len(answer)) for answer in answers)
+        ranked.append(Ranked(both, one.margin))
     return that_fit(
-        pairs, lambda pair: max(len(tokens) for tokens, _ in pair.answers), context, "preferences", needed
+        ranked, lambda one: max(len(tokens) for tokens, _ in one.answers), context, "preferences", needed
     )
 
 
-def collate(pairs: Sequence[Ranked], run: Running) -> Pairs:
-    """A micro-batch; a pair weighs 1 however long it is."""
-    rows = padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], run.tokenizer.pad)
-    known = list(zip(*(pair.reference for pair in pairs), strict=True))
+def collate(ranked: Sequence[Ranked], run: Running) -> Pairs:
+    """A micro-batch; a prompt weighs 1 however long its answers are, and however many."""
+    most = max(len(one.answers) for one in ranked)
+    places = [(item, place) for place in range(most) for item, one in enumerate(ranked)]
+    places = [(item, place) for item, place in places if place < len(ranked[item].answers)]
+    row = {place: number for number, place in enumerate(places)}
+    rows = padded([ranked[item].answers[place] for item, place in places], run.tokenizer.pad)
+    pairs = [
+        (row[item, better], row[item, worse], 1 / math.comb(len(one.answers), 2), one.margin)
+        for item, one in enumerate(ranked)
+        for better, worse in combinations(range(len(one.answers)), 2)
+    ]
+    better, worse, share, margin = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    known = [ranked[item].reference[place] for item, place in places if ranked[item].reference]
     return Pairs(
-        weight=float(len(pairs)),
+        weight=float(len(ranked)),
         work=rows.work(),
-        samples=len(pairs),
+        samples=len(ranked),
         rows=rows,
-        reference=torch.tensor(known, dtype=torch.float64).flatten() if known else None,
+        better=better,
+        worse=worse,
+        share=share,
+        margin=margin,
+        reference=torch.tensor(known, dtype=torch.float64) if known else None,
     )
 
 

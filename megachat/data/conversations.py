@@ -2,7 +2,8 @@
 
 JSON lines in the shapes that published sets have (`formats.py`), plain or compressed (`.gz`, `.zst`):
   conversation  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
-  preference    {"prompt": [...messages...] or "text", "chosen": "text", "rejected": "text"}
+  preference    {"prompt": [...messages...] or "text", "chosen": "text", "rejected": "text", "margin": 1.0}
+                (the margin may be missing)
   unpaired      {"prompt": ..., "completion": "text", "label": true}
   ranking       {"prompt": ..., "answers": ["the best", "the second", ...]}
   prompt        {"messages": [...] or "prompt": "text", "answer": "text, may be missing"}
@@ -12,8 +13,10 @@ lost its second half trains without complaint.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -85,6 +88,8 @@ class Preference:
     rejected: str
     kind: str
     """What is wrong with `rejected`, where that is known."""
+    margin: float = 0.0
+    """By how much `chosen` is better, where that is known: the reward model is to tell them apart by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,8 @@ class Ranking:
 
     prompt: tuple[Message, ...]
     answers: tuple[str, ...]
+    margin: float = 0.0
+    """By how much each is better than the next, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +147,20 @@ class UnpairedPreferences(Config):
         raise NotImplementedError
 
 
-class Rankings(Config):
+class Rankings(Preferences):
     """A set of prompts with several answers each, from the best to the worst."""
 
     def rankings(self, split: Split) -> list[Ranking]:
         """Those of one split, in a fixed order."""
         raise NotImplementedError
+
+    def preferences(self, split: Split) -> list[Preference]:
+        """Every answer of a ranking is preferred to each that comes after it."""
+        return [
+            Preference(one.prompt, better, worse, "", one.margin)
+            for one in self.rankings(split)
+            for better, worse in combinations(one.answers, 2)
+        ]
 
 
 class Prompts(Config):
@@ -263,7 +278,7 @@ class JsonRankings(Rankings):
         def read(record: Record) -> Ranking:
             if "chosen" in record:
                 pair = preference_of(record)
-                return Ranking(pair.prompt, (pair.chosen, pair.rejected))
+                return Ranking(pair.prompt, (pair.chosen, pair.rejected), pair.margin)
             prompt, listed = asking(formats.prompt(record)), record.get("answers")
             if not isinstance(listed, list) or len(listed) < 2:
                 raise ValueError(
@@ -360,7 +375,10 @@ def preference_of(record: Record) -> Preference:
     prompt = asking(turns)
     if chosen == rejected:
         raise ValueError(f"chosen and rejected are the same text, {chosen[:60]!r}")
-    return Preference(prompt, chosen, rejected, str(record.get("kind", "")))
+    margin = record.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f'expected "margin": a number, got {margin!r:.80}')
+    return Preference(prompt, chosen, rejected, str(record.get("kind", "")), float(margin))
 
 
 def unpair(pair: Preference) -> list[Unpaired]:

@@ -32,9 +32,13 @@ class Scalar(nn.Module):
     tensor_plan: ClassVar[dict[str, str]] = {f"trunk.{name}": how for name, how in GPT.tensor_plan.items()}
     """How tensor parallelism cuts each module; the score stays whole."""
 
-    def __init__(self, trunk: GPT) -> None:
+    def __init__(self, trunk: GPT, mean: float = 0.0, deviation: float = 1.0) -> None:
+        """`mean` and `deviation`: of its scores of the answers it was trained on, once they are known.
+
+        They are kept with the model and change nothing that it computes.
+        """
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.mean, self.deviation = trunk, mean, deviation
         trunk.head = None
         self.score = Score(trunk.config.dim)
         # Of order 1 at first, as in Stiennon et al., 2020 (https://arxiv.org/abs/2009.01325), appendix B.
@@ -47,6 +51,10 @@ class Scalar(nn.Module):
         """The score of each prefix of each row."""
         scores: Tensor = self.score(self.trunk.hidden(tokens, documents))
         return scores
+
+    def normalised(self, scores: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """Scores of mean 0 and deviation 1 over the answers it was trained on."""
+        return (scores - self.mean) / max(self.deviation, 1e-8)
 
 
 def scored(trunk: Blueprint[GPT]) -> Blueprint[Scalar]:

@@ -50,6 +50,7 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     return {
         "head": "scalar" if isinstance(model, Scalar) else "language",
         "vocab": body.vocab,
+        **({"scores": [model.mean, model.deviation]} if isinstance(model, Scalar) else {}),
         "config": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **body.config.model_dump()},
     }
 
@@ -66,7 +67,9 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     config = decode({"moe": None} | description["config"])  # older ones have none
     body = config.blueprint(description["vocab"]).model
     with torch.device("meta"):
-        return Scalar(body) if description["head"] == "scalar" else body
+        if description["head"] != "scalar":
+            return body
+        return Scalar(body, *description.get("scores", (0.0, 1.0)))  # older ones have none
 
 
 def steps(folder: Path) -> list[Path]:

@@ -372,6 +372,9 @@ class Task(Stage):
         """What the samples of these numbers are, for a person who looks for a bad one; "" says nothing."""
         return ""
 
+    def conclude(self, run: Running) -> None:
+        """What is worked out once, after the last step, to be saved with the models. All ranks call it."""
+
     def show(self, run: Running) -> str | None:
         """A sample of what the model does now, for the log; None for none. All ranks call it."""
         return None
@@ -568,6 +571,7 @@ class Trainer:
             stopping = self.after_step(sums, rate)
         if self.profile is not None and not stopping:
             self.profile.step()
+        stopping = stopping or not self.conclude()
         run.watch.at("save")
         saver.finish()
         if stopping:
@@ -634,6 +638,23 @@ class Trainer:
         run.notes |= {f"validation/{name}": value for name, value in figures.items()}
         self.recorder.sample(run.progress.step, shown)
         run.progress.validated = run.progress.step
+        return True
+
+    def conclude(self) -> bool:
+        """What the stage works out at its end goes into the last checkpoint. False: it was asked to stop."""
+        run, saver = self.run, self.saver
+        run.watch.at("validation")
+        try:
+            self.task.conclude(run)
+        except Stopped:
+            if saver.tried != run.progress.step and not run.bad:
+                self.save()
+            return False
+        saver.finish()
+        described = {role: checkpoint.architecture(engine.module) for role, engine in run.engines.items()}
+        if described != saver.about["architecture"]:
+            saver.about["architecture"] = described
+            saver.step = None  # should this step be saved already, then without it
         return True
 
     def asked_to_stop(self) -> bool:

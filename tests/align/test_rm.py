@@ -1,18 +1,25 @@
 """The reward model's loss by hand, and where its score is read."""
 
+import json
+from collections import defaultdict
 from math import exp, log
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from megachat.align.pairs import collate
+from megachat.align.pairs import Ranked, collate, rendered
 from megachat.align.rm import bradley_terry, last_score, won
 from megachat.align.rows import drawn as order
 from megachat.align.rows import padded
+from megachat.align.start import scorer
+from megachat.data.conversations import Message, Ranking
 from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import Running, Task
 from tests.align import tiny
 
 
@@ -95,6 +102,126 @@ def test_centring_adds_the_square_of_the_sum(inputs: Path, run: Path):
         scores = last_score(state.engines["model"](batch.rows.tokens), batch.rows.real)
         more = centred.loss(state, batch).losses["model"] - plain.loss(state, batch).losses["model"]
     assert_close(more, 0.5 * ((scores[:16] + scores[16:]) ** 2).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_margin_is_what_the_better_answer_must_lead_by():
+    # A lead of 2 with a margin of 2 counts as none: log 2; of 2 + log 3 as log 3: log(4 / 3).
+    chosen, rejected = tensor([3.0, 3.0 + log(3)]), tensor([1.0, 1.0])
+    assert_close(bradley_terry(chosen, rejected, tensor([2.0, 2.0])), tensor([log(2), log(4 / 3)]))
+
+
+@pytest.mark.parametrize(("smoothing", "expected"), [(0.0, log(4)), (0.1, log(0.74 / 0.26))])
+def test_labels_right_eight_times_in_ten_end_at_the_lead_of_the_closed_form(
+    smoothing: float, expected: float
+):
+    # logit(.8) = 1.3863; smoothing .1 leaves .8 * .9 + .2 * .1 = .74 and logit(.74) = 1.0460.
+    lead, nothing = torch.zeros(1, requires_grad=True), torch.zeros(1)
+    optimizer = torch.optim.LBFGS([lead], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        right = bradley_terry(lead, nothing, smoothing=smoothing)
+        value = (0.8 * right + 0.2 * bradley_terry(nothing, lead, smoothing=smoothing)).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert lead.item() == pytest.approx(expected, abs=1e-3)
+
+
+def ranked(state: Running, *texts: tuple[str, ...]) -> list[Ranked]:
+    """The answers to `ab?`, the best first."""
+    one = [Ranking((Message("user", "ab?"),), answers) for answers in texts]
+    return rendered(one, state.tokenizer, 24)
+
+
+def test_of_a_ranking_all_two_answers_are_compared_and_the_prompt_counts_one(inputs: Path, run: Path):
+    task = tiny.stage("rm", inputs, run, "centring=0", *tiny.PAIRS)
+    state = tiny.running(task)
+    three, two = ranked(state, ("abab", "abcd", "a"), ("abab", "hh"))
+    batch = collate([three, two], state)
+    rows = [row[real].tolist() for row, real in zip(batch.rows.tokens, batch.rows.real, strict=True)]
+    assert rows == [
+        tokens
+        for tokens, _ in (
+            *(x.answers[0] for x in (three, two)),
+            *(x.answers[1] for x in (three, two)),
+            three.answers[2],
+        )
+    ]
+    assert [*zip(batch.better.tolist(), batch.worse.tolist(), strict=True)] == [
+        (0, 2),
+        (0, 4),
+        (2, 4),
+        (1, 3),
+    ]
+    assert_close(batch.share, tensor([1 / 3, 1 / 3, 1 / 3, 1.0]))
+    assert (batch.weight, batch.samples) == (2.0, 2)
+    pairs = [
+        collate(ranked(state, texts), state)
+        for texts in (("abab", "abcd"), ("abab", "a"), ("abcd", "a"), ("abab", "hh"))
+    ]
+    with torch.no_grad():
+        alone = [task.loss(state, pair).losses["model"] for pair in pairs]
+        together = task.loss(state, batch).losses["model"]
+    assert_close(together, sum(alone[:3]) / 3 + alone[3], rtol=1e-4, atol=1e-5)
+
+
+def test_rankings_and_margins_are_read_and_dpo_takes_them_as_pairs(inputs: Path, run: Path, tmp_path: Path):
+    lines = [
+        {"prompt": "ab?", "answers": ["abab", "abcd", "a"]},
+        {"prompt": "cd?", "chosen": "cdcd", "rejected": "c", "margin": 2},
+    ]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = ["preferences=rankings", f"preferences.path={tmp_path}/ranked.jsonl", "preferences.held_out=0"]
+    state = tiny.running(tiny.stage("rm", inputs, run, *source, *tiny.PAIRS))
+    assert [(len(one.answers), one.margin) for one in state.data.train] == [(3, 0.0), (2, 2.0)]
+    assert collate(state.data.train, state).margin.tolist() == [0.0, 0.0, 0.0, 2.0]
+    state = tiny.running(tiny.stage("dpo", inputs, run, *source, *tiny.PAIRS))
+    assert [len(one.answers) for one in state.data.train] == [2, 2, 2, 2]
+    path = tmp_path / "wrong.jsonl"
+    path.write_text('{"prompt": "cd?", "chosen": "cdcd", "rejected": "c", "margin": "large"}\n')
+    with pytest.raises(ValueError, match=r"wrong.jsonl:1: expected \"margin\": a number, got 'large'"):
+        tiny.running(tiny.stage("rm", inputs, run, f"preferences.path={path}"))
+
+
+def test_what_scores_are_like_is_saved_with_the_model_and_read_by_who_scores_with_it(inputs: Path, run: Path):
+    task = tiny.stage("rm", inputs, run, *tiny.PAIRS, "max_steps=3")
+    task.execute()
+    read = scorer(task, "rm", tiny.running(task)).model
+    state = tiny.running(tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS))
+    assert state.frozen["reward"].mean == read.mean
+    with torch.no_grad():
+        answers = [answer for pair in state_pairs(task) for answer in pair.answers]
+        rows = padded(answers, state.tokenizer.pad)
+        scores = last_score(state.frozen["reward"](rows.tokens), rows.real).double()
+    assert read.mean == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert read.deviation == pytest.approx(scores.std(correction=0).item(), rel=1e-4)
+    normal = read.normalised(scores)
+    assert normal.mean().abs() < 1e-4
+    assert normal.std(correction=0).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def state_pairs(task: Task) -> list[Ranked]:
+    pairs: list[Ranked] = tiny.running(task).data.train
+    return pairs
+
+
+@pytest.mark.slow
+def test_trl_computes_the_same_loss():
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    scores, margin = torch.randn(8, generator=torch.Generator().manual_seed(0)), tensor([0.0, 1.0, 0.5, 2.0])
+    gathered = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer: Any = SimpleNamespace(
+        model=torch.nn.Identity(), accelerator=gathered, _metrics={"train": defaultdict(list)},
+        args=SimpleNamespace(center_rewards_coefficient=0.01), _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    batch = {"margin": margin, "attention_mask": torch.ones(8, 1)}
+    theirs = RewardTrainer.compute_loss(trainer, lambda **_: SimpleNamespace(logits=scores[:, None]), batch)
+    chosen, rejected = scores.chunk(2)
+    ours = bradley_terry(chosen, rejected, margin) + 0.01 * (chosen + rejected) ** 2
+    assert_close(ours.mean(), theirs)
 
 
 def test_it_learns_to_tell_true_answers_from_wrong_and_short_ones(inputs: Path, run: Path):
