@@ -14,6 +14,7 @@ from megachat.align.logprobs import token_logps
 from megachat.align.rows import Rows, padded
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Request, Sampling, write
+from megachat.model.moe import MoEConfig
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh, start
 from megachat.train.optimizers import AdamW
@@ -25,9 +26,9 @@ STOP = {*range(20)}
 """Of 301 words: some answers end before the others."""
 
 
-def trained(mesh: Mesh, **layout: Any) -> Engine:
+def trained(mesh: Mesh, moe: MoEConfig | None = None, **layout: Any) -> Engine:
     """An engine for a model that is far from undecided."""
-    model = build(tied=False)
+    model = build(tied=False).config.model_copy(update={"moe": moe}).build(VOCAB)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -103,3 +104,11 @@ def test_two_tensor_ranks_write_with_the_probabilities_of_the_loss() -> None:
     mesh = start(2)
     check(trained(mesh, zero=1, tensor=2, precision="fp32"), mesh)
     check(trained(mesh, zero=1, tensor=2, precision="bf16"), mesh)
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_two_ranks_that_spread_experts_write_with_the_probabilities_of_the_loss() -> None:
+    mesh = start(1)
+    experts = MoEConfig(experts=4, per_token=2, balance=0.05, router_z=0.001)
+    check(trained(mesh, experts, zero=1, expert=2, precision="fp32"), mesh)
