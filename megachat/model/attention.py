@@ -49,8 +49,7 @@ def look_back(
     kv_heads = k.shape[1]
     rows = _folded(q * head_dim**-0.5, kv_heads)
     k, v = k.flatten(0, 1), v.flatten(0, 1)  # views: batch x kv_heads, past, head_dim
-    # Keys first: the larger factor on the left is what bf16 products on a CPU are fast at.
-    scores = torch.bmm(k, rows.transpose(1, 2)).to(wide(q)).transpose(1, 2).contiguous()
+    scores = torch.bmm(rows, k.transpose(1, 2)).to(wide(q))
     grid = scores.view(batch, kv_heads, seq, -1, scores.shape[-1])
     grid.masked_fill_(mask.logical_not()[:, :, :, None], -math.inf)
     return _unfolded(torch.bmm(scores.softmax(-1).to(v.dtype), v), (batch, heads, seq, head_dim), kv_heads)
