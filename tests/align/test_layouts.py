@@ -129,3 +129,29 @@ def test_every_stage_moves_from_three_ranks_to_two_by_two_to_one(inputs: Path, t
             assert {key: here[key] for key in compared} == pytest.approx(
                 {key: there[key] for key in compared}, rel=1e-4, abs=1e-6
             ), (name, here["step"])
+
+
+def noisy(inputs: Path, run: Path, layout: str) -> None:
+    settings = ["neftune=5", "batch=8", "micro_batch=4", "max_steps=3", "epochs=9", "parallel.precision=fp32"]
+    tiny.stage("sft", inputs, run, *settings, f"parallel={layout}").execute()
+
+
+@on_ranks(1)
+def noisy_alone(inputs: Path, run: Path) -> None:
+    noisy(inputs, run, "zero0")
+
+
+@on_ranks(2)
+def noisy_in_two_halves(inputs: Path, run: Path) -> None:
+    noisy(inputs, run, "zero1_tp2")
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_model_add_the_same_noise(inputs: Path, tmp_path: Path) -> None:
+    noisy_alone(inputs=inputs, run=tmp_path / "one")
+    noisy_in_two_halves(inputs=inputs, run=tmp_path / "two")
+    one, two = (tiny.rows(tmp_path / name, "sft") for name in ("one", "two"))
+    assert len(one) == 3
+    for there, here in zip(one, two, strict=True):
+        for key in ("loss", "gradient_norm"):
+            assert here[key] == pytest.approx(there[key], rel=1e-4)
