@@ -44,7 +44,6 @@ from megachat.align.rollout import (
     Question,
     Rolling,
     Rollout,
-    must_be_on_policy,
     repetition,
     sample,
 )
@@ -278,7 +277,7 @@ class GRPO(Rolling):
             }
             steps = self._passes(number, rollout, advantages, useful, run)
             if first:
-                steps = self._checked(steps, rollout, run)
+                steps = self.checked(steps, rollout, run)
             first = False
             yield from steps
 
@@ -435,23 +434,6 @@ class GRPO(Rolling):
                     math.ceil(len(some) / mesh.data),
                 )
                 yield [*micro_batches(own, most, self.micro_batch, taken, spare=some)]
-
-    def _checked(self, steps: Iterator[list[Batch]], rollout: Rollout, run: Running) -> Iterator[list[Batch]]:
-        """The same steps, after a look at whether the loss computes what the answers were scored with."""
-        for index, batches in enumerate(steps):
-            if not index:
-                part = batches[0]
-                assert isinstance(part, Chosen)
-                with torch.no_grad():
-                    new = self.logps(run.engines["model"], part.rows)
-                must_be_on_policy(
-                    new, part.logps, part.rows.mask, run, "the ratio of new to old probabilities"
-                )
-                if run.progress.step == 0:
-                    must_be_on_policy(
-                        rollout.logps, rollout.reference, rollout.rows.mask, run, "the KL to the reference"
-                    )
-            yield batches
 
     def may_stop(self, run: Running) -> bool:
         """Between rollouts: the answers are not in the checkpoint."""

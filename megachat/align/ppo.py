@@ -10,14 +10,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from megachat.align.policy import Clip, clipped_policy_loss, held_back, kl_rewards, log_ratio
+from megachat.align.policy import (
+    Clip,
+    clipped_policy_loss,
+    explained_variance,
+    held_back,
+    kl_rewards,
+    log_ratio,
+)
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rolling, Rollout, estimated, sample
 from megachat.align.rows import Rows, drawn, padded
@@ -26,6 +33,29 @@ from megachat.data.loader import share
 from megachat.model.blueprint import Blueprint
 from megachat.model.draws import seed_of
 from megachat.train.loop import Batch, Losses, Running, micro_batches, parts
+
+
+def adapted(coefficient: float, kl: float, target: float, answers: int, horizon: int) -> float:
+    """The coefficient after a rollout of so many answers, whose distance was `kl` (Ziegler et al., 2019,
+    https://arxiv.org/abs/1909.08593): up by at most a fifth for each `horizon` of answers, or down.
+
+    Example: adapted(0.1, kl=12, target=6, answers=100, horizon=1000) -> 0.1 * (1 + 0.2 * 0.1) = 0.102
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return coefficient * (1 + error * answers / horizon)
+
+
+def counted(state: dict[str, Any], scores: Float[Tensor, " batch"]) -> dict[str, float]:
+    """Number, mean and sum of squared deviations of all scores so far, these included (Chan et al., 1979)."""
+    new = scores.double()
+    count, mean, squares = (float(state.get(f"reward/{name}", 0.0)) for name in ("count", "mean", "squares"))
+    more, centre = float(len(new)), new.mean().item()
+    total, apart = count + more, centre - mean
+    return {
+        "reward/count": total,
+        "reward/mean": mean + apart * more / total,
+        "reward/squares": squares + ((new - centre) ** 2).sum().item() + apart**2 * count * more / total,
+    }
 
 
 def clipped_value_loss(
@@ -61,6 +91,15 @@ class PPO(Rolling):
     """The stage whose model scores the answers; the critic starts from it, too."""
     kl: NonNegativeFloat
     """What a nat of distance from the reference costs, in the reward model's units."""
+    kl_target: PositiveFloat | None
+    """Nats per answer that the policy is to keep from the reference: what one costs, at first `kl`, rises
+    while it is farther and falls while it is nearer. null: the cost stays."""
+    kl_horizon: PositiveInt
+    """Answers over which the cost may change by a fifth."""
+    reward_scale: Literal["none", "running"]
+    """`running`: scores count as deviations from the mean of all so far, in their standard deviations."""
+    reward_clip: PositiveFloat | None
+    """A score counts at most this much, up or down, after `reward_scale`; null: in full."""
     unfinished: NonNegativeFloat
     """What an answer that does not stop by itself costs, in the reward model's units."""
     clip_ratio: PositiveFloat
@@ -101,14 +140,26 @@ class PPO(Rolling):
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
         """Samples a rollout, then goes over it `epochs` times in batches, each time in another order."""
+        first, state = True, run.progress.state
         while True:
             number = self.number(run)
             begun = time.monotonic()
             rollout = self._sample(run, number)
-            rewards = self._rewards(rollout)
+            state |= {"prompts": (number + 1) * self.rollout} | counted(state, rollout.scores)
+            rewards = self._rewards(rollout, state)
             advantages, returns = estimated(rollout, rewards, self.gamma, self.lam)
-            run.notes |= rollout.figures() | {"rollout/seconds": time.monotonic() - begun}
-            yield from self._passes(number, rollout, advantages, returns, run)
+            figures = rollout.figures()
+            run.notes |= figures | {
+                "kl/coefficient": state.get("kl", self.kl),
+                "critic/explained_variance": explained_variance(rollout.values, returns, rollout.rows.mask),
+                "rollout/seconds": time.monotonic() - begun,
+            }
+            if self.kl_target is not None:
+                cost = state.get("kl", self.kl)
+                state["kl"] = adapted(cost, figures["kl"], self.kl_target, self.rollout, self.kl_horizon)
+            steps = self._passes(number, rollout, advantages, returns, run)
+            yield from self.checked(steps, rollout, run) if first else steps
+            first = False
 
     def _passes(
         self,
@@ -158,9 +209,17 @@ class PPO(Rolling):
                 entropies=both[:, 1],
             )
 
-    def _rewards(self, rollout: Rollout) -> Float[Tensor, "batch seq"]:
-        scores = rollout.scores - self.unfinished * (~rollout.stopped).float()
-        return kl_rewards(scores, rollout.logps, rollout.reference, rollout.rows.mask, self.kl)
+    def _rewards(self, rollout: Rollout, state: dict[str, Any] | None = None) -> Float[Tensor, "batch seq"]:
+        """`state`: what the run carries along, this rollout's scores counted."""
+        state, scores = state or {}, rollout.scores
+        if self.reward_scale == "running":
+            deviation = math.sqrt(state["reward/squares"] / state["reward/count"])
+            scores = (scores - state["reward/mean"]) / (deviation + 1e-6)
+        if self.reward_clip is not None:
+            scores = scores.clamp(-self.reward_clip, self.reward_clip)
+        scores = scores - self.unfinished * (~rollout.stopped).float()
+        cost = state.get("kl", self.kl)
+        return kl_rewards(scores, rollout.logps, rollout.reference, rollout.rows.mask, cost)
 
     def rate_of(self, role: str) -> float:
         """The critic learns faster: what it does not foresee is noise in the policy's gradient."""
@@ -183,7 +242,13 @@ class PPO(Rolling):
         return Losses(
             {"model": warm * policy.sum(), "critic": critic.sum()},
             # k3 of how far the policy has moved since it sampled
-            {"clip_fraction": held.float().sum(), "moved": (torch.expm1(moved) - moved).sum()},
+            {
+                "clip_fraction": held.float().sum(),
+                "clip_fraction/low": (held & (batch.advantages < 0)).float().sum(),
+                "clip_fraction/high": (held & (batch.advantages > 0)).float().sum(),
+                "moved": (torch.expm1(moved) - moved).sum(),
+                "ratio/variance": (torch.expm1(moved) ** 2).sum(),
+            },
         )
 
     def measure(self, run: Running) -> dict[str, float]:

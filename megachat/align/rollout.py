@@ -11,10 +11,10 @@ batch, what their advantages are whitened by, and what is logged does not depend
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,7 +29,7 @@ from megachat.data.loader import places
 from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.chat_format import render_prompt
-from megachat.train.loop import Running, Task
+from megachat.train.loop import Batch, Running, Task
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,21 @@ class Rolling(Task):
         logits = model(rows.tokens, where=rows.mask)
         logps = token_logps(logits, rows.labels, self.temperature)
         return torch.stack([logps, entropy(logits, rows.mask, self.temperature)], dim=1)
+
+    def checked(
+        self, steps: Iterator[list[Batch]], rollout: "Rollout", run: Running
+    ) -> Iterator[list[Batch]]:
+        """The same steps, after a look at whether the loss computes what the answers were scored with."""
+        batches: list[Any] = next(steps)
+        part = batches[0]
+        with torch.no_grad():
+            new = self.logps(run.engines["model"], part.rows)
+        must_be_on_policy(new, part.logps, part.rows.mask, run, "the ratio of new to old probabilities")
+        if run.progress.step == 0:
+            mask = rollout.rows.mask
+            must_be_on_policy(rollout.logps, rollout.reference, mask, run, "the KL to the reference")
+        yield batches
+        yield from steps
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """PPO's pieces by hand, and its gradient against the exact one, over all that a tiny policy can say."""
 
+import json
 import os
 import secrets
 import shutil
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from megachat.align import rollout
 from megachat.align.logprobs import answer_logps
 from megachat.align.policy import Clip, clipped_policy_loss, held_back, kl_rewards, log_ratio
-from megachat.align.ppo import PPO, Sampled, clipped_value_loss
+from megachat.align.ppo import PPO, Sampled, adapted, clipped_value_loss, counted
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rollout
 from megachat.align.rows import Rows
@@ -342,6 +343,73 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(inputs: Path, run: Path,
     assert len(first) == 12
     assert first == second
     assert first[8]["kl"] != 0  # in the third rollout: the reference is where it was, the policy is not
+
+
+def test_what_a_nat_costs_follows_the_distance_within_a_fifth_per_horizon():
+    assert adapted(0.1, kl=12.0, target=6.0, answers=100, horizon=1000) == pytest.approx(0.102)
+    assert adapted(0.1, kl=6.6, target=6.0, answers=1000, horizon=1000) == pytest.approx(0.11)
+    assert adapted(0.1, kl=0.0, target=6.0, answers=1000, horizon=1000) == pytest.approx(0.08)
+    assert adapted(0.1, kl=6.0, target=6.0, answers=1000, horizon=1000) == 0.1
+
+
+def test_statistics_of_rewards_add_up_over_rollouts():
+    state: dict[str, float] = {}
+    for part in (tensor([1.0, 2.0]), tensor([6.0]), tensor([3.0, 8.0, -2.0])):
+        state |= counted(state, part)
+    every = tensor([1.0, 2.0, 6.0, 3.0, 8.0, -2.0])
+    assert state["reward/count"] == 6
+    assert state["reward/mean"] == pytest.approx(3.0)
+    assert state["reward/squares"] == pytest.approx(((every - 3) ** 2).sum().item())
+
+
+def test_scores_are_scaled_and_then_clipped_and_the_cost_of_a_nat_is_the_runs(inputs: Path, run: Path):
+    settings = ["kl=0.5", "unfinished=0", "reward_scale=running", "reward_clip=0.8"]
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, *settings)
+    assert isinstance(task, PPO)
+    labels, zeros = tensor([[5], [6], [7]]), torch.zeros(3, 1)
+    rollout = Rollout(
+        rows=Rows(torch.zeros_like(labels), labels, torch.ones_like(labels).bool()),
+        stopped=tensor([True, True, True]),
+        scores=tensor([1.0, 3.0, 5.0]),
+        logps=zeros - 1,
+        reference=zeros - 2,
+        values=zeros,
+        entropies=zeros,
+    )
+    state = counted({}, tensor([1.0, 5.0])) | {"kl": 0.1}  # mean 3, deviation 2
+    assert_close(task._rewards(rollout, state), tensor([[-0.9], [-0.1], [0.7]]))
+
+
+def test_what_a_run_carries_along_goes_on_to_the_last_bit(inputs: Path, run: Path, tmp_path: Path):
+    settings = [*tiny.ROLLOUTS, "critic_first=0", "checkpoint_interval=4", "checkpoint_keep=9"]
+    settings += ["kl_target=0.01", "kl_horizon=100", "reward_scale=running", "reward_clip=2"]
+    whole = tmp_path / "whole"
+    for folder in (whole, run):
+        tiny.stage("ppo", inputs, folder, *settings, "rollouts=3").execute()
+    shutil.rmtree(run / "ppo" / "checkpoints" / "step-00000012")
+    (run / "ppo" / "done.json").unlink()
+    tiny.stage("ppo", inputs, run, *settings, "rollouts=3").execute()
+    states, costs = [], []
+    for folder in (whole, run):
+        manifest = folder / "ppo" / "checkpoints" / "step-00000012" / "manifest.json"
+        states.append(json.loads(manifest.read_text())["progress"]["state"])
+        costs.append([row["kl/coefficient"] for row in tiny.rows(folder, "ppo") if "kl/coefficient" in row])
+    assert states[0] == states[1]
+    assert states[0]["prompts"] == states[0]["reward/count"] == 96
+    assert costs[0] == costs[1]
+    assert costs[0][0] == 0.05 > costs[0][1]  # the first rollout is at distance 0, nearer than it may be
+    assert costs[0][1] != costs[0][2]
+
+
+def test_a_loss_that_is_not_of_the_answers_probabilities_is_told_before_the_first_step(
+    inputs: Path, run: Path
+):
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS)
+    state = tiny.running(task)
+    for block in state.engines["model"].module.blocks:
+        block.dropout = 0.2  # only in training: scored without, lost with it
+    with pytest.raises(ValueError, match="ratio of new to old probabilities is off by"):
+        next(task.batches(state))
 
 
 def test_a_rollout_is_not_waited_for_when_asked_to_stop(
