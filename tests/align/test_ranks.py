@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.align.rm import last_score
+from megachat.align.rows import padded
+from megachat.align.start import scorer
 from megachat.train.loop import train_step
 from tests.align import tiny
 from tests.spawn import on_ranks
@@ -105,3 +108,35 @@ def test_ranks_that_hold_a_part_of_each_weight_sample_together(inputs: Path, run
 @on_ranks(2)
 def test_tensor_ranks_sample_the_same_answers(inputs: Path, run: Path) -> None:
     rollouts(inputs, run, "parallel=zero1", "parallel.tensor=2")
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_two_ranks_share_what_the_reference_has_read(inputs: Path, run: Path) -> None:
+    sizes = ["batch=9", "micro_batch=2", "parallel=zero3", "parallel.precision=fp32"]
+    losses = {}
+    for reference in ("live", "precomputed"):
+        task = tiny.stage("dpo", inputs, run, *sizes, f"reference={reference}")
+        state = tiny.running(task)
+        batches, losses[reference] = task.batches(state), [task.measure(state)["loss"]]
+        for _ in range(3):
+            losses[reference].append(train_step(task, state, next(batches), rate=1e-2)["loss"])
+            state.progress.step += 1
+    assert losses["precomputed"] == losses["live"]
+    assert all(-99 < logp < 0 for pair in state.data.train for logp in pair.reference)  # also of the other's
+
+
+@pytest.mark.slow
+@on_ranks(2)
+def test_two_ranks_find_what_the_scores_of_all_answers_are_like(inputs: Path, run: Path) -> None:
+    task = tiny.stage("rm", inputs, run, "batch=9", "micro_batch=4", "parallel=zero3", "max_steps=2")
+    task.execute()
+    state = tiny.running(task)
+    model = scorer(task, "rm", state).whole()
+    answers = [answer for pair in state.data.train for answer in pair.answers]
+    rows = padded(answers, state.tokenizer.pad)
+    with torch.no_grad():
+        scores = last_score(model(rows.tokens), rows.real).double()
+    found = torch.tensor([model.mean, model.deviation], dtype=torch.float64)
+    expected = torch.stack([scores.mean(), scores.std(correction=0)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
