@@ -10,8 +10,8 @@ Where the distance to the reference goes in, and what its gradient then is, by e
 policy of four symbols can say in three tokens (error relative to KL's exact gradient; tests/align/oracle.py):
 
     k1 in the reward   0                  `exact` in the loss   0
-    k1 in the loss     1: there is none   k2 in the loss        0 of one token, 0.5 of three
-    k3 in the loss     0.8, though its value is exact
+    k1 in the loss     1: there is none   k2 in the loss        0 of one token, 0.5 to 0.9 of three
+    k3 in the loss     0.7 to 0.9, though its value is exact
 
 k2 and k3 forget that a token changes which tokens come after it (Schulman, 2020,
 http://joschu.net/blog/kl-approx.html, has their values, which are right).

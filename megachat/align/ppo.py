@@ -96,8 +96,9 @@ class PPO(Rolling):
     while it is farther and falls while it is nearer. null: the cost stays."""
     kl_horizon: PositiveInt
     """Answers over which the cost may change by a fifth."""
-    reward_scale: Literal["none", "running"]
-    """`running`: scores count as deviations from the mean of all so far, in their standard deviations."""
+    reward_scale: Literal["none", "model", "running"]
+    """Scores count as deviations from a mean, in standard deviations: of the answers that the reward `model`
+    was trained on, or of all that have been sampled so far (`running`)."""
     reward_clip: PositiveFloat | None
     """A score counts at most this much, up or down, after `reward_scale`; null: in full."""
     unfinished: NonNegativeFloat
@@ -146,7 +147,7 @@ class PPO(Rolling):
             begun = time.monotonic()
             rollout = self._sample(run, number)
             state |= {"prompts": (number + 1) * self.rollout} | counted(state, rollout.scores)
-            rewards = self._rewards(rollout, state)
+            rewards = self._rewards(rollout, state, run.frozen["reward"])
             advantages, returns = estimated(rollout, rewards, self.gamma, self.lam)
             figures = rollout.figures()
             run.notes |= figures | {
@@ -209,9 +210,13 @@ class PPO(Rolling):
                 entropies=both[:, 1],
             )
 
-    def _rewards(self, rollout: Rollout, state: dict[str, Any] | None = None) -> Float[Tensor, "batch seq"]:
-        """`state`: what the run carries along, this rollout's scores counted."""
+    def _rewards(
+        self, rollout: Rollout, state: dict[str, Any] | None = None, model: Any = None
+    ) -> Float[Tensor, "batch seq"]:
+        """`state`: what the run carries along, this rollout's scores counted; `model`: what gave them."""
         state, scores = state or {}, rollout.scores
+        if self.reward_scale == "model":
+            scores = model.normalised(scores)
         if self.reward_scale == "running":
             deviation = math.sqrt(state["reward/squares"] / state["reward/count"])
             scores = (scores - state["reward/mean"]) / (deviation + 1e-6)

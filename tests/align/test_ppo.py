@@ -378,6 +378,11 @@ def test_scores_are_scaled_and_then_clipped_and_the_cost_of_a_nat_is_the_runs(in
     )
     state = counted({}, tensor([1.0, 5.0])) | {"kl": 0.1}  # mean 3, deviation 2
     assert_close(task._rewards(rollout, state), tensor([[-0.9], [-0.1], [0.7]]))
+    task = tiny.stage("ppo", inputs, run, *tiny.ROLLOUTS, "kl=0.1", "unfinished=0", "reward_scale=model")
+    assert isinstance(task, PPO)
+    model = tiny.running(task).frozen["reward"]
+    model.mean, model.deviation = 2.0, 4.0
+    assert_close(task._rewards(rollout, {}, model), tensor([[-0.35], [0.15], [0.65]]))
 
 
 def test_what_a_run_carries_along_goes_on_to_the_last_bit(inputs: Path, run: Path, tmp_path: Path):
