@@ -71,7 +71,7 @@ class Exact(Reward):
     def _right(self, answer: Answer) -> bool:
         if self.strict and self.after not in answer.text:
             return False
-        truth = result(answer.prompt.answer, self.after, number=True)
+        truth = result(answer.prompt.answer, self.after, number=False)
         number = number_of(truth)
         said = result(answer.text, self.after, number is not None)
         return number_of(said) == number if number is not None else said.casefold() == truth.casefold()

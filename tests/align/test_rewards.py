@@ -35,6 +35,7 @@ def answer(text: str, truth: str = "", tokens: int = 5) -> Answer:
         ("Paris", "paris", 1),
         ("It is Paris", "Paris", 0),  # no number: all of the answer
         ("I think\n#### Paris", "Paris", 1),
+        ("The log to base 10.", "Return 10.", 0),  # the truth is a sentence, not the number in it
     ],
 )
 def test_the_true_result_is_told_whatever_it_is_written_like(text: str, truth: str, score: float):
