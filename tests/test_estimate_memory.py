@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.estimate_memory import TABLE, measured, planned
+from tools.estimate_memory import TABLE, main, measured, planned
 
 SMALL = [
     "model=gpt_3m",
@@ -20,6 +20,27 @@ def test_two_real_steps_take_the_memory_that_the_formula_says() -> None:
     _, job = planned(SMALL, 1, 131_072, here=True)
     assert job.memory.moment == "forward"
     assert job.memory.peak == pytest.approx(measured(SMALL, 1, 131_072), rel=0.2)
+
+
+def test_settings_that_cannot_be_are_one_message_and_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["model=gpt_9b", "device=H100"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("model: there is no 'gpt_9b'; did you mean 'gpt_7b'?\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["model=gpt_7b", "parallel=zero1_tp8", "device=H100", "--ranks", "12"])
+    assert stopped.value.code == 1
+    assert "parallel.tensor=8 does not divide 12 ranks" in capsys.readouterr().out
+
+
+def test_a_device_that_is_named_is_compared_with(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["model=gpt_1b", "parallel=zero2", "parallel.offload=optimizer", "device=H100", "--ranks", "4"])
+    said = capsys.readouterr().out
+    # 1,107,365,888 weights on 4 ranks, 16 bytes each: master, gradients, two moments.
+    assert "  on the host       4.13 GiB\n" in said
+    assert "of 73.60 GiB of H100" in said
 
 
 def test_the_table_spans_zero_ranks_precisions_and_optimizers_from_2_gib_on() -> None:

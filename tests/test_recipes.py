@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from megachat.config import compose, decode
 from megachat.stages import CONF
 from megachat.train.memory import ROOM
 from megachat.train.scaling import learning_rate, optimal_batch, optimal_tokens, weight_decay
@@ -54,6 +55,13 @@ def test_a_recipe_fits_its_gpus_and_keeps_them_equally_busy(recipe: Recipe) -> N
 def test_days_are_flops_for_what_the_gpus_put_to_use(recipe: Recipe) -> None:
     # The predicted step, as often as there are steps.
     assert recipe.days == pytest.approx(recipe.steps * recipe.step.seconds / 86_400, rel=0.001)
+
+
+def test_doctor_plans_a_recipe_for_the_gpus_in_its_name_and_predicts_the_same(recipe: Recipe) -> None:
+    doctor = decode(compose("doctor", [f"experiment={recipe.name}"]))
+    assert doctor.gpus == recipe.gpus
+    mfu, _ = doctor.use(recipe.job)
+    assert mfu == recipe.step.mfu
 
 
 def test_less_than_a_day_is_told_in_hours() -> None:

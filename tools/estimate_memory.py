@@ -12,6 +12,7 @@ to itself it keeps blocks of up to 32 MiB, and holes between them: 3.50 GiB wher
 import argparse
 import multiprocessing
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from importlib import import_module
@@ -21,14 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megachat.config import compose, decode
+from megachat.config import ConfigError, compose, decode
 from megachat.data.loader import Window
 from megachat.parallel.engine import has_bf16
 from megachat.parallel.mesh import environment_of, free_port, start
 from megachat.train.doctor import Doctor, breakdown
 from megachat.train.feed import Lane
-from megachat.train.forecast import Job
+from megachat.train.forecast import Job, check_memory, check_tensor
 from megachat.train.loop import Progress, Running, attempt_step, engines
+from megachat.train.memory import host_bytes
 from megachat.train.pretrain import Tokens, _collate
 
 STEPS = 2
@@ -62,8 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.table:
         table()
         return
-    _, job = planned(given.overrides, given.ranks, given.vocab, here=given.measure)
+    try:
+        task, job = planned(given.overrides, given.ranks, given.vocab, here=given.measure)
+    except ConfigError as error:
+        parser.error(str(error))
+    if layout := check_tensor(job, task.gpus_per_node):
+        print(layout)
+        if layout.level == "problem":
+            sys.exit(1)
     print("\n".join(breakdown(job)))
+    if offloaded := host_bytes(job.run) if job.cuda else 0:
+        print(f"  {'on the host':<12}{offloaded / 2**30:>10.2f} GiB")
+    room, where = task.room(job) if task.device is not None and not given.measure else (None, "")
+    if room is not None:
+        print(check_memory(job, room, where))
     if given.measure:
         peak = measured(given.overrides, given.ranks, given.vocab)
         print(f"  {'measured':<12}{peak / 2**30:>10.2f} GiB, predicted {job.memory.peak / peak - 1:+.1%}")

@@ -55,12 +55,7 @@ class Recipe:
     @property
     def layout(self) -> Layout:
         """As the network's formula sees it."""
-        run, one = self.settings, self.job.run
-        return Layout(
-            run.parallel.zero, self.job.data, run.parallel.tensor, one.accumulated, one.micro_batch,
-            run.context, bf16=True, checkpointing=run.parallel.checkpointing != "none",
-            sequence=run.parallel.sequence,
-        )  # fmt: skip
+        return self.job.layout
 
     @property
     def step(self) -> Step:

@@ -17,15 +17,17 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from megachat.log import rows
 from megachat.parallel.engine import compatible_ops, has_bf16, version
 from megachat.parallel.link import measure
 from megachat.parallel.mesh import expected_world
+from megachat.parallel.predict import H100, step
 from megachat.run import finished
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train.forecast import (
+    MEMORY,
     Encoded,
     Finding,
     Job,
@@ -53,6 +55,8 @@ from megachat.train.pretrain import Pretrain
 
 PATIENCE = 60.0
 """Seconds that the ranks of an all-reduce may take, imports included."""
+USUAL = 0.4
+"""MFU: llm-foundry has published 0.41 to 0.46 of runs on H100s."""
 PROBE = 2**26
 """Bytes written to the disk to see how fast it is."""
 LOCAL = ("ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
@@ -75,12 +79,23 @@ class Doctor(Pretrain):
     """Of which kind (`H100`); null: this machine's."""
     vocab: PositiveInt
     """Words of the vocabulary, as long as `tokenizer` has not finished."""
-    mfu: Annotated[float, Field(gt=0, le=1)]
-    """The share of the devices' peak that is put to use, as long as this run has not been measured."""
+    mfu: Annotated[float, Field(gt=0, le=1)] | None
+    """The share of the devices' peak that is put to use, as long as this run has not been measured; null:
+    what `megachat/parallel/predict.py` makes of it where it knows the devices, else 0.4."""
     price: PositiveFloat | None
     """Of one GPU for one hour, in any currency."""
     probe: bool
     """Whether to try the disk and an all-reduce on this machine, which takes some seconds."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str | None) -> str | None:
+        if device is not None and device_memory(device) is None:
+            raise ValueError(
+                f"how much memory {device!r} has is not known; name one of {', '.join(MEMORY)}, or say it, "
+                f"as in device='{device} 48GB'"
+            )
+        return device
 
     @property
     def elsewhere(self) -> bool:
@@ -224,13 +239,23 @@ class Doctor(Pretrain):
             if peak is None:
                 yield f"n/a days: the peak of {self.device or 'the device'} is not known; say device=H100"
                 return
-            speed = job.ranks * peak * self.mfu / job.flops
-            source = f"if {self.mfu:.0%} of {flop(peak)}/s a device are put to use (mfu=...)"
+            mfu, why = self.use(job)
+            speed = job.ranks * peak * mfu / job.flops
+            source = f"if {mfu:.0%} of {flop(peak)}/s a device are put to use ({why})"
         seconds = tokens / speed
         yield f"{duration(seconds)}, {short(speed)} tokens a second, {source}"
         if self.price is not None:
             hours = job.ranks * seconds / 3600
             yield f"{hours:,.0f} GPU-hours, {hours * self.price:,.0f} at {self.price:g} each"
+
+    def use(self, job: Job) -> tuple[float, str]:
+        """The share of the peak that is put to use, and who says so."""
+        if self.mfu is not None:
+            return self.mfu, "mfu=..."
+        known = self.device is not None and known_as(self.device) == "H100" and job.bf16
+        if known and job.model.moe is None and job.ranks % job.parallel.together == 0:
+            return step(job.model, job.vocab, job.layout, H100).mfu, "predicted, mfu=... to say otherwise"
+        return USUAL, "assumed, mfu=... to say otherwise"
 
     def peak(self, job: Job) -> float | None:
         """FLOP/s of one device."""

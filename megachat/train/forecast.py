@@ -19,7 +19,8 @@ from megachat.data.mixture import Mixture
 from megachat.model.gpt import GPTConfig
 from megachat.model.size import active_parameters, flops_per_token, parameters
 from megachat.parallel.engine import Parallel
-from megachat.train.memory import ROOM, Memory, Run, largest_micro_batch, memory, moments_of
+from megachat.parallel.volume import Layout
+from megachat.train.memory import ROOM, Memory, Run, host_bytes, largest_micro_batch, memory, moments_of
 from megachat.train.optimizers import SGD, Optimizer
 
 MEMORY = {
@@ -124,6 +125,15 @@ class Job:
         )
 
     @property
+    def layout(self) -> Layout:
+        """As the network's formula sees it."""
+        one, parallel = self.run, self.parallel
+        return Layout(
+            parallel.zero, self.data, parallel.tensor, one.accumulated, one.micro_batch, self.seq, self.bf16,
+            checkpointing=parallel.checkpointing != "none", sequence=parallel.sequence,
+        )  # fmt: skip
+
+    @property
     def memory(self) -> Memory:
         """Of one rank."""
         return memory(self.run)
@@ -202,7 +212,7 @@ def device_memory(name: str) -> int | None:
     if said:
         return int(said[1]) * 2**30
     plain = name.upper().replace("-", " ")
-    known = max((part for part in MEMORY if part in plain), key=len, default=None)
+    known = max((part for part in MEMORY if re.search(rf"\b{part}\b", plain)), key=len, default=None)
     return None if known is None else MEMORY[known] * 2**30
 
 
@@ -233,6 +243,7 @@ def check_memory(job: Job, room: Number, where: str) -> Finding:
     text = f"{gib(needed.peak)} a rank, at its peak in the {needed.moment}, of {gib(room)} of {where}"
     fitting = largest_micro_batch(job.run, room)
     if needed.peak <= room:
+        fitting = min(fitting, job.share)
         more = f"; micro_batch up to {fitting} fits" if fitting > job.run.micro_batch else ""
         return Finding("ok", "memory", text + more)
     remedy = f"micro_batch={fitting} fits" if fitting else _smaller(job)
@@ -253,13 +264,16 @@ def _smaller(job: Job) -> str:
 
 
 def check_host(job: Job, ranks: int, room: int | None) -> Finding:
-    """Whether a node's own memory holds what its ranks keep there: models being built, copies being saved."""
-    built = ranks * 4 * job.parameters
-    copied = ranks * job.checkpoint // job.ranks
-    text = f"{gib(built)} a node while {ranks} ranks build the model, {gib(copied)} for a copy that is saved"
-    if room is not None and job.cuda and max(built, copied) > room:
+    """Whether a node's own memory holds what its ranks keep there: what is offloaded, copies being saved."""
+    needed = copied = ranks * job.checkpoint // job.ranks
+    text = f"{gib(copied)} a node for a copy that is saved"
+    if job.parallel.offload != "none":
+        offloaded = ranks * host_bytes(job.run)
+        needed += offloaded
+        text = f"{gib(offloaded)} a node for what is offloaded, {text}"
+    if room is not None and job.cuda and needed > room:
         return Finding("problem", "host memory", f"{text}, and {gib(room)} are free", "fewer ranks a node")
-    if room is None and max(built, copied) > DGX:
+    if room is None and needed > DGX:
         return Finding("warning", "host memory", text, "a DGX H100 has 2 TB")
     return Finding("ok", "host memory", text)
 

@@ -828,7 +828,10 @@ class _Meter:
 
     def report(self, seconds: float) -> dict[str, float | int | None]:
         """The row to log; the sums start again."""
-        passed, split = time.monotonic() - self.since, self.run.watch.split.take(self.steps)
+        split = self.run.watch.split.take(self.steps)
+        # Validations and traces take their time, but not the training's.
+        beside = sum(split.get(f"time/{part}", 0.0) for part in ("validation", "profile"))
+        passed = max(1e-9, time.monotonic() - self.since - beside * max(self.steps, 1))
         weight = self.sums.pop("weight", None)  # None: all batches were skipped
         work = Work(*(self.sums.pop(name, 0.0) for name in ("tokens", "pairs", "logits")))
         flops = self.run.flops

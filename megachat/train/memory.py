@@ -192,6 +192,15 @@ def _matrices_per_rank(run: Run) -> int:
     return run.model.layers * (_matrices(run.model) // run.parallel.tensor)
 
 
+def host_bytes(run: Run) -> int:
+    """What one rank on a GPU keeps in its host's memory for training: what is offloaded there."""
+    if run.parallel.offload == "none":
+        return 0
+    sharded = math.ceil(parameters_per_rank(run.model, run.vocab, run.parallel.tensor) / run.replicas)
+    weights = run.width if run.parallel.offload == "parameters" else 0
+    return sharded * (weights + 4 * (2 + moments_of(run.optimizer)))  # fp32: master, gradients, moments
+
+
 def moments_of(optimizer: Optimizer) -> int:
     """How many numbers an optimizer remembers of each weight (Muon of what it leaves to AdamW)."""
     if isinstance(optimizer, SGD):

@@ -122,8 +122,7 @@ def advice(facts: Facts) -> list[str]:
          "put the data on a faster disk, or leave a core to the thread that reads."),
         (waiting, 0.15, "Communication takes {}: a larger batch has more work between two exchanges, a "
          "lower ZeRO stage sends less, and tensor-parallel ranks belong on one node."),
-        (facts.share("optimizer"), 0.2, "The optimizer takes {}: with a larger batch it steps less often, "
-         "and a ZeRO stage above 0 divides it among the ranks."),
+        (facts.share("optimizer"), 0.2, "The optimizer takes {}: with a larger batch it steps less often."),
         (facts.share("saving"), 0.05, "Saving takes {}: raise checkpoint_interval, and keep "
          "checkpoint_background=true."),
         (facts.share("validation"), 0.1, "Validation takes {}: raise validation_interval."),

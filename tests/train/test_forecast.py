@@ -11,12 +11,14 @@ from megachat.train.forecast import (
     Job,
     check_batch,
     check_disk,
+    check_host,
     check_memory,
     check_rate,
     check_tensor,
     check_tokens,
     check_vocabulary,
     device_memory,
+    gib,
     short,
     size,
     usual_rate,
@@ -143,6 +145,17 @@ def test_ranks_that_talk_in_every_layer_belong_on_one_node(axis: str) -> None:
 def test_a_devices_memory_follows_from_its_name(name: str, gigabytes: int) -> None:
     assert device_memory(name) == gigabytes * GB
     assert device_memory("Voodoo 2") is None
+    assert device_memory("H1000") is None
+
+
+def test_the_host_holds_copies_and_what_is_offloaded() -> None:
+    count = 1_107_365_888
+    copies = f"{gib(12 * count)} a node for a copy that is saved"  # weights and two moments in fp32
+    assert check_host(job("parallel=zero2"), 8, None).text == copies
+    # Master, gradients and two moments.
+    offloaded = f"{gib(16 * count)} a node for what is offloaded, {copies}"
+    assert check_host(job("parallel=zero2", "parallel.offload=optimizer"), 8, None).text == offloaded
+    assert check_host(job("parallel=zero2"), 8, 12 * GB).level == "problem"
 
 
 def test_large_numbers_are_short() -> None:

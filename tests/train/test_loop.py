@@ -49,10 +49,11 @@ def test_mfu_is_what_the_model_takes_and_hfu_also_what_is_computed_again(tiny: P
         assert (matrices - last) / (3 * (matrices + output)) < again < 1 / 3  # attention is between
 
 
-def test_the_parts_of_a_step_add_up_to_its_time(tiny: Path) -> None:
+def test_the_parts_of_a_step_add_up_to_its_time_without_validation(tiny: Path) -> None:
     for row in rows(tiny)[1:]:
         parts = {name: row[name] for name in row if name.startswith("time/")}
-        assert sum(parts.values()) == pytest.approx(256 / row["tokens_per_second"], rel=0.02)
+        own = sum(seconds for name, seconds in parts.items() if name != "time/validation")
+        assert own == pytest.approx(256 / row["tokens_per_second"], rel=0.02)
         assert min(parts["time/forward"], parts["time/backward"], parts["time/optimizer"]) > 0
         assert ("time/validation" in parts) == ("validation/bits_per_byte" in row)
 
