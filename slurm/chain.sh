@@ -11,11 +11,11 @@ cd "$(dirname "$0")/.."
 
 declare -A reads=(
     [tokenizer]=clean [encode]="clean tokenizer" [encode_chat]=tokenizer [pretrain]="tokenizer encode"
-    [sft]="encode_chat pretrain" [rm]=sft [ppo]="sft rm" [dpo]=sft [grpo]="sft rm"
-    [evaluate]="pretrain sft rm ppo dpo grpo" [report]=evaluate
+    [sft]="encode_chat pretrain" [rm]=sft [ppo]="sft rm" [dpo]=sft [kto]=sft [grpo]="sft rm"
+    [evaluate]="pretrain sft rm ppo dpo kto grpo" [report]=evaluate
 )
-order="clean tokenizer encode encode_chat pretrain sft rm ppo dpo grpo evaluate report"
-stages=${STAGES:-clean tokenizer encode pretrain sft rm ppo dpo evaluate report}
+order="clean tokenizer encode encode_chat pretrain sft rm ppo dpo kto grpo evaluate report"
+stages=${STAGES:-clean tokenizer encode pretrain sft rm ppo dpo grpo evaluate report}
 
 for stage in $stages; do
     [[ " $order " == *" $stage "* ]] || { echo "chain.sh: no stage $stage; there are $order" >&2; exit 2; }
@@ -25,7 +25,7 @@ for stage in $order; do
     [[ " $stages " == *" $stage "* ]] || continue
     case $stage in
         pretrain | sft) script=$stage.sh options=${TRAIN:-} ;;
-        rm | ppo | dpo | grpo) script=rlhf.sh options=${TRAIN:-} ;;
+        rm | ppo | dpo | kto | grpo) script=rlhf.sh options=${TRAIN:-} ;;
         evaluate) script=data.sh options=${ONE_GPU:-} ;;
         *) script=data.sh options=${CPU:-} ;;
     esac

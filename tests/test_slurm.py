@@ -489,7 +489,7 @@ def test_a_chain_of_jobs_goes_from_text_to_a_model(slurm: Slurm, inputs: Path, t
 def test_what_waits_for_a_job_that_fails_is_cancelled(slurm: Slurm, tmp_path: Path) -> None:
     settings = ["clean.corpus=[json_lines]", "clean.corpus.json_lines.paths=[/nowhere/*.jsonl]"]
     jobs = chain(slurm, tmp_path, "", f"run={tmp_path / 'run'}", *settings)
-    assert [*jobs] == "clean tokenizer encode pretrain sft rm ppo dpo evaluate report".split()
+    assert [*jobs] == "clean tokenizer encode pretrain sft rm ppo dpo grpo evaluate report".split()
     ends = {stage: slurm.wait(number, LIMIT) for stage, number in jobs.items()}
     assert ends.pop("clean") == "FAILED"
     assert {*ends.values()} == {"CANCELLED"}

@@ -31,7 +31,7 @@ from megachat.train.feed import Lane
 from megachat.train.forecast import Job, check_memory, check_tensor
 from megachat.train.loop import Progress, Running, attempt_step, engines
 from megachat.train.memory import host_bytes
-from megachat.train.pretrain import Tokens, _collate
+from megachat.train.pretrain import Tokens, collate
 
 STEPS = 2
 """The optimizer's moments are there from the end of the first on."""
@@ -154,7 +154,7 @@ def steps(task: Doctor, job: Job) -> int:
 
     def batch() -> Tokens:
         rows = draw.integers(job.vocab, size=(job.run.micro_batch, job.seq + 1))
-        return _collate([Window(row, [0, job.seq + 1]) for row in rows])
+        return collate([Window(row, [0, job.seq + 1]) for row in rows])
 
     lane = Lane(mesh.device)
     for _ in range(STEPS):

@@ -26,7 +26,7 @@ from megachat.align.pairs import (
 )
 from megachat.align.preference import Answers, Objective
 from megachat.align.rows import Rows, drawn
-from megachat.align.start import anchored, language_model, without_dropout
+from megachat.align.start import Adapting, anchored, language_model, without_dropout
 from megachat.data.conversations import Preferences
 from megachat.data.loader import places
 from megachat.model.blueprint import Blueprint
@@ -34,7 +34,7 @@ from megachat.train.feed import Fed
 from megachat.train.loop import Batch, Losses, Running, moved, parts
 
 
-class DPO(Fed):
+class DPO(Fed, Adapting):
     """Learn from preferences without a reward model."""
 
     name: ClassVar[str] = "dpo"
@@ -62,7 +62,7 @@ class DPO(Fed):
         """The fine-tuned model."""
         start = language_model(self, self.start, run)
         without_dropout(start.model)
-        return {"model": start}
+        return {"model": self.trainee(start)}
 
     def along(self) -> int:
         """The reference reads each batch, too, where there is one and it stays."""

@@ -38,19 +38,24 @@ from megachat.align.policy import (
     to_go,
     total_of,
 )
-from megachat.align.rewards import Answer, Model, Reward
+from megachat.align.rewards import Answer, Model, Reward, by_programs, check_truths
 from megachat.align.rm import last_score
+from megachat.align.rollout import Answer as Written
 from megachat.align.rollout import (
     Question,
     Rolling,
     Rollout,
+    answered,
+    as_rows,
+    in_words,
+    rendered,
     repetition,
     sample,
 )
 from megachat.align.rows import Rendered, Rows, drawn, padded
 from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
 from megachat.config import Config
-from megachat.data.loader import places, share
+from megachat.data.loader import share
 from megachat.model.blueprint import Blueprint
 from megachat.model.draws import seed_of
 from megachat.train.loop import Batch, Losses, Running, load_of, micro_batches, parts
@@ -165,6 +170,8 @@ class Chosen(Batch):
     logps: Float[Tensor, "batch seq"]
     reference: Float[Tensor, "batch seq"]
     advantages: Float[Tensor, "batch seq"]
+    weights: Float[Tensor, "batch seq"] | None = None
+    """What the loss of each token counts; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,10 @@ class Scored:
     answers: list[Rendered]
     said: list[list[int]]
     """The tokens of each answer alone."""
+    whole: list[Answer]
+    """The same as rewards read them."""
+    logps: list[list[float]]
+    """What the sampler says of each of them."""
     by_reward: Float[Tensor, "rewards batch"]
     total: Float[Tensor, " batch"]
     """The weighted sum."""
@@ -186,6 +197,8 @@ class Scored:
         return Scored(
             self.answers[one],
             self.said[one],
+            self.whole[one],
+            self.logps[one],
             self.by_reward[:, one],
             self.total[one],
             self.mixed[number : number + 1],
@@ -197,6 +210,8 @@ class Scored:
         return Scored(
             [*chain(*(one.answers for one in several))],
             [*chain(*(one.said for one in several))],
+            [*chain(*(one.whole for one in several))],
+            [*chain(*(one.logps for one in several))],
             torch.cat([one.by_reward for one in several], 1),
             torch.cat([one.total for one in several]),
             [*chain(*(one.mixed for one in several))],
@@ -239,7 +254,7 @@ class GRPO(Rolling):
         """The model to start from."""
         start = language_model(self, self.start, run)
         without_dropout(start.model)
-        return {"model": start}
+        return {"model": self.trainee(start)}
 
     def prepare(self, run: Running) -> int:
         """Loads the judges and renders the prompts."""
@@ -248,14 +263,8 @@ class GRPO(Rolling):
             if isinstance(reward, Model):
                 run.frozen[f"rewards.{name}"] = frozen(scorer(self, reward.stage, run), run)
         run.data = self.asked(run)
-        for name, reward in self.rewards.items():
-            for question in [*run.data.train, *run.data.held_out] if reward.needs_truth else []:
-                if not question.prompt.answer:
-                    raise ValueError(
-                        f"rewards.{name} compares with the true answer, and a prompt has none: "
-                        f"{question.prompt.messages[-1].content[:80]!r}; give it an `answer`, or choose "
-                        "another reward"
-                    )
+        prompts = (question.prompt for question in [*run.data.train, *run.data.held_out])
+        check_truths(self.rewards, prompts, "rewards")
         return self.rollouts * self.steps
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
@@ -270,7 +279,7 @@ class GRPO(Rolling):
             useful = self._useful(scored, rollout)
             advantages = self._advantages(scored, rollout, useful)
             run.progress.state["prompts"] = asked
-            run.notes |= rollout.figures() | self._figures(scored)
+            run.notes |= self.watched(rollout, rollout.figures() | self._figures(scored), run)
             run.notes |= {
                 "rollout/seconds": time.monotonic() - begun,
                 "rollout/generation_seconds": sampled - begun,
@@ -303,49 +312,31 @@ class GRPO(Rolling):
         repeated = [question for question in questions for _ in range(self.group)]
         seeds = [seed_of(self.seed, self.name, *place, row) for row in range(len(repeated))]
         prompts = [question.tokens for question in repeated]
-        answers = sample(run, prompts, seeds, self.sampling, self.at_once)
-        return self._scored(repeated, answers, self.group, run)
+        return self._scored(
+            repeated, answered(run, prompts, seeds, self.sampling, self.at_once), self.group, run
+        )
 
     def _scored(
-        self, questions: Sequence[Question], answers: list[Rendered], size: int, run: Running
+        self, questions: Sequence[Question], written: Sequence[Written], size: int, run: Running
     ) -> Scored:
         """The data ranks share the answers; of those that share a model one is believed."""
-        said = [tokens[len(one.tokens) :] for one, (tokens, _) in zip(questions, answers, strict=True)]
-        end, mesh = run.tokenizer.end, run.mesh
-        whole = [
-            Answer(
-                one.prompt,
-                run.tokenizer.decode([token for token in tokens if token != end]),
-                len(tokens),
-                tokens[-1] == end,
-            )
-            for one, tokens in zip(questions, said, strict=True)
-        ]
-        own = places(0, len(whole), mesh.data_rank, mesh.data)
-        mine: dict[str, list[float]] | str
-        try:
-            mine = {
-                name: reward.scores(whole[own.start : own.stop])
-                for name, reward in self.rewards.items()
-                if not isinstance(reward, Model)
-            }
-        except (ValueError, OSError) as error:  # to be raised by all ranks, which wait for each other
-            mine = str(error)
-        told = mesh.gather(mine)[:: mesh.tensor]
-        if wrong := next((one for one in told if isinstance(one, str)), None):
-            raise ValueError(wrong)
-        rows = padded(answers, run.tokenizer.pad).to(mesh.device)
+        answers = [rendered(one.tokens, answer) for one, answer in zip(questions, written, strict=True)]
+        said = [answer.tokens for answer in written]
+        whole = in_words(questions, written, run.tokenizer)
+        told = by_programs(self.rewards, whole, run.mesh)
+        rows = padded(answers, run.tokenizer.pad).to(run.mesh.device)
         every = []
         for name, reward in self.rewards.items():
             if isinstance(reward, Model):
                 every.append(self._judged_by(run.frozen[f"rewards.{name}"], rows, run))
             else:
-                every.append(torch.tensor([*chain(*(one[name] for one in told))], dtype=torch.float64))
+                every.append(told[name])
         by_reward, weights = torch.stack(every), self._weights(lambda _: True)
         right = self._weights(lambda reward: not reward.shapes)
         right = right if right.any() else weights
         spread = mixed((right @ by_reward).view(-1, size))
-        return Scored(answers, said, by_reward, weights @ by_reward, spread.tolist())
+        logps = [answer.logps for answer in written]
+        return Scored(answers, said, whole, logps, by_reward, weights @ by_reward, spread.tolist())
 
     def _judged_by(self, model: Callable[..., Tensor], rows: Rows, run: Running) -> Tensor:
         with run.engines["model"].inference():  # the same precision
@@ -372,6 +363,8 @@ class GRPO(Rolling):
                 reference=self.judged(rows, lambda part: self.logps(reference, part), run),
                 values=torch.zeros_like(both[:, 0]),
                 entropies=both[:, 1],
+                sampled=as_rows(scored.logps, rows),
+                whole=scored.whole,
             )
 
     def _useful(self, scored: Scored, rollout: Rollout) -> Bool[Tensor, " batch"]:
@@ -410,6 +403,7 @@ class GRPO(Rolling):
         run: Running,
     ) -> Iterator[list[Batch]]:
         count, mesh, keep = len(rollout.rows.tokens), run.mesh, useful.tolist()
+        weights = rollout.weights(self.importance_cap)
 
         def taken(chosen: Sequence[int]) -> Chosen:
             at = torch.tensor(chosen)
@@ -422,6 +416,7 @@ class GRPO(Rolling):
                 logps=rollout.logps[at],
                 reference=rollout.reference[at],
                 advantages=advantages[at],
+                weights=weights[at],
             )
 
         for epoch in range(self.epochs):
@@ -444,6 +439,8 @@ class GRPO(Rolling):
         variant, mask, old, engine = self.variant, batch.rows.mask, batch.logps, run.engines["model"]
         new = self.logps(engine, batch.rows)
         cost = variant.cost(new, old, batch.reference, batch.advantages, mask)
+        if batch.weights is not None:
+            cost = batch.weights * cost
         moved = log_ratio(new.detach(), old, mask, variant.ratio)
         held = held_back(new.detach(), old, batch.advantages, mask, variant.clip, variant.ratio)
         each = shares(mask, "token" if variant.mean == "token" else "answer")
@@ -467,7 +464,7 @@ class GRPO(Rolling):
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(questions))]
         prompts = [question.tokens for question in questions]
-        answers = sample(run, prompts, seeds, self.sampling, self.at_once)
+        answers = answered(run, prompts, seeds, self.sampling, self.at_once)
         scored = self._scored(questions, answers, 1, run)
         named = zip(self.rewards, scored.by_reward, strict=True)
         return {"reward": scored.total.mean().item()} | {

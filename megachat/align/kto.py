@@ -20,7 +20,7 @@ from torch import Tensor
 from megachat.align.logprobs import answer_logps, token_logps
 from megachat.align.preference import kto_loss
 from megachat.align.rows import Rows, drawn, padded, that_fit
-from megachat.align.start import anchored, language_model, without_dropout
+from megachat.align.start import Adapting, anchored, language_model, without_dropout
 from megachat.data.conversations import Split, UnpairedPreferences
 from megachat.data.loader import places
 from megachat.model.blueprint import Blueprint
@@ -60,7 +60,7 @@ class Data:
     """Answers that are only measured."""
 
 
-class KTO(Fed):
+class KTO(Fed, Adapting):
     """Learn from answers that are good or bad, each by itself."""
 
     name: ClassVar[str] = "kto"
@@ -97,7 +97,7 @@ class KTO(Fed):
         """The fine-tuned model."""
         start = language_model(self, self.start, run)
         without_dropout(start.model)
-        return {"model": start}
+        return {"model": self.trainee(start)}
 
     def prepare(self, run: Running) -> int:
         """Loads the reference and renders the answers; `held_out` ones are only measured."""

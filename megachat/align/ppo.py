@@ -26,10 +26,22 @@ from megachat.align.policy import (
     log_ratio,
 )
 from megachat.align.rm import last_score
-from megachat.align.rollout import Rolling, Rollout, estimated, sample
+from megachat.align.rollout import (
+    Rolling,
+    Rollout,
+    answered,
+    as_rows,
+    estimated,
+    in_words,
+    rendered,
+    repetition,
+    sample,
+)
 from megachat.align.rows import Rows, drawn, padded
 from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
+from megachat.align.text import Text, beside, opened, text_loss
 from megachat.data.loader import share
+from megachat.data.mixture import Mixture
 from megachat.model.blueprint import Blueprint
 from megachat.model.draws import seed_of
 from megachat.train.loop import Batch, Losses, Running, micro_batches, parts
@@ -80,6 +92,8 @@ class Sampled(Batch):
     values: Float[Tensor, "batch seq"]
     advantages: Float[Tensor, "batch seq"]
     returns: Float[Tensor, "batch seq"]
+    weights: Float[Tensor, "batch seq"] | None = None
+    """What the policy's loss of each token counts; None: 1."""
 
 
 class PPO(Rolling):
@@ -115,10 +129,17 @@ class PPO(Rolling):
     """Rollouts in which the critic learns alone."""
     critic_rate: PositiveFloat
     """The critic's learning rate as a multiple of the policy's, which is `optimizer.lr`."""
+    pretraining_mix: NonNegativeFloat
+    """PPO-ptx: what a nat of the mean loss of text, token by token, counts beside the policy's loss; 0 reads
+    none."""
+    pretraining_rows: PositiveInt
+    """Rows of `context` tokens of text in each step, over all ranks."""
+    mixture: Mixture
+    """How often each source of that text is read."""
 
     def reads(self) -> list[str]:
-        """The tokenizer, the fine-tuned model, and the reward model."""
-        return ["tokenizer", self.start, self.reward]
+        """The tokenizer, the fine-tuned model, the reward model, and the text that is mixed in."""
+        return ["tokenizer", self.start, self.reward, *(["encode"] if self.pretraining_mix else [])]
 
     def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The fine-tuned model, and a critic that starts as the reward model."""
@@ -128,7 +149,7 @@ class PPO(Rolling):
         }
         for start in models.values():
             without_dropout(start.model)
-        return models
+        return {role: self.trainee(start) for role, start in models.items()}
 
     def prepare(self, run: Running) -> int:
         """Loads the two judges and renders the prompts."""
@@ -137,6 +158,8 @@ class PPO(Rolling):
             "reward": frozen(scorer(self, self.reward, run), run),
         }
         run.data = self.asked(run)
+        if self.pretraining_mix:
+            run.data.text = opened(self.input("encode"), self.mixture, self.context, self.seed, run)
         return self.rollouts * self.steps
 
     def batches(self, run: Running) -> Iterator[list[Batch]]:
@@ -149,8 +172,8 @@ class PPO(Rolling):
             state |= {"prompts": (number + 1) * self.rollout} | counted(state, rollout.scores)
             rewards = self._rewards(rollout, state, run.frozen["reward"])
             advantages, returns = estimated(rollout, rewards, self.gamma, self.lam)
-            figures = rollout.figures()
-            run.notes |= figures | {
+            figures = rollout.figures() | {"answer/repetition": repetition(rollout.said)}
+            run.notes |= self.watched(rollout, figures, run) | {
                 "kl/coefficient": state.get("kl", self.kl),
                 "critic/explained_variance": explained_variance(rollout.values, returns, rollout.rows.mask),
                 "rollout/seconds": time.monotonic() - begun,
@@ -159,8 +182,12 @@ class PPO(Rolling):
                 cost = state.get("kl", self.kl)
                 state["kl"] = adapted(cost, figures["kl"], self.kl_target, self.rollout, self.kl_horizon)
             steps = self._passes(number, rollout, advantages, returns, run)
-            yield from self.checked(steps, rollout, run) if first else steps
+            if first:
+                steps = self.checked(steps, rollout, run)
+            if self.pretraining_mix:
+                steps = beside(steps, run.data.text, self.pretraining_rows, self.micro_batch, run)
             first = False
+            yield from steps
 
     def _passes(
         self,
@@ -172,10 +199,10 @@ class PPO(Rolling):
     ) -> Iterator[list[Batch]]:
         count, most = len(rollout.rows.tokens), math.ceil(self.batch / run.mesh.data)
 
+        weights = rollout.weights(self.importance_cap)
+
         def taken(chosen: Sequence[int]) -> Sampled:
-            return _taken(
-                rollout.rows, rollout.logps, rollout.values, advantages, returns, torch.tensor(chosen)
-            )
+            return _taken(rollout, advantages, returns, weights, torch.tensor(chosen))
 
         for epoch in range(self.epochs):
             order = drawn(count, self.seed + number, range(epoch * count, (epoch + 1) * count))
@@ -186,10 +213,12 @@ class PPO(Rolling):
     def _sample(self, run: Running, number: int) -> Rollout:
         run.watch.at("rollout")
         places = range(number * self.rollout, (number + 1) * self.rollout)
-        asked = [run.data.train[i].tokens for i in drawn(len(run.data.train), self.seed, places)]
+        questions = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
+        asked = [one.tokens for one in questions]
         seeds = [seed_of(self.seed, number, row) for row in range(self.rollout)]
-        answered = sample(run, asked, seeds, self.sampling, self.at_once)
-        rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
+        answers = answered(run, asked, seeds, self.sampling, self.at_once)
+        written = [rendered(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        rows = padded(written, run.tokenizer.pad).to(run.mesh.device)
         policy, critic = run.engines["model"], run.engines["critic"]
         reference, reward = run.frozen["reference"], run.frozen["reward"]
 
@@ -200,7 +229,7 @@ class PPO(Rolling):
             both = judged(lambda part: self.logps_and_entropies(policy, part))
             return Rollout(
                 rows=rows,
-                stopped=torch.tensor([tokens[-1] == run.tokenizer.end for tokens, _ in answered]).to(
+                stopped=torch.tensor([one.tokens[-1] == run.tokenizer.end for one in answers]).to(
                     both.device
                 ),
                 scores=judged(lambda part: last_score(reward(part.tokens), part.real)),
@@ -208,6 +237,8 @@ class PPO(Rolling):
                 reference=judged(lambda part: self.logps(reference, part)),
                 values=judged(lambda part: critic(part.tokens)),
                 entropies=both[:, 1],
+                sampled=as_rows((one.logps for one in answers), rows),
+                whole=in_words(questions, answers, run.tokenizer),
             )
 
     def _rewards(
@@ -234,14 +265,18 @@ class PPO(Rolling):
         """Between rollouts: the answers are not in the checkpoint."""
         return run.progress.step % self.steps == 0
 
-    def loss(self, run: Running, batch: Sampled) -> Losses:
-        """The clipped losses of the policy and of the critic, summed over tokens."""
+    def loss(self, run: Running, batch: Sampled | Text) -> Losses:
+        """The clipped losses of the policy and of the critic, summed over tokens; or that of text."""
+        warm = float(run.progress.step >= self.critic_first * self.steps)
+        if isinstance(batch, Text):
+            return text_loss(run, batch, warm * self.pretraining_mix)
         new = self.logps(run.engines["model"], batch.rows)
         clip = Clip(self.clip_ratio, self.clip_ratio)
         policy = clipped_policy_loss(new, batch.logps, batch.advantages, batch.rows.mask, clip)
+        if batch.weights is not None:
+            policy = batch.weights * policy
         values = run.engines["critic"](batch.rows.tokens)
         critic = clipped_value_loss(values, batch.values, batch.returns, batch.rows.mask, self.clip_value)
-        warm = float(run.progress.step >= self.critic_first * self.steps)
         moved = log_ratio(new.detach(), batch.logps, batch.rows.mask)
         held = held_back(new.detach(), batch.logps, batch.advantages, batch.rows.mask, clip)
         return Losses(
@@ -262,8 +297,8 @@ class PPO(Rolling):
         if not asked:
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(asked))]
-        answered = sample(run, asked, seeds, self.sampling, self.at_once)
-        rows = padded(answered, run.tokenizer.pad).to(run.mesh.device)
+        answers = sample(run, asked, seeds, self.sampling, self.at_once)
+        rows = padded(answers, run.tokenizer.pad).to(run.mesh.device)
         reward = run.frozen["reward"]
         with run.engines["model"].inference():
             scores = self.judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
@@ -278,23 +313,23 @@ class PPO(Rolling):
 
 
 def _taken(
-    rows: Rows,
-    logps: Float[Tensor, "all seq"],
-    values: Float[Tensor, "all seq"],
+    rollout: Rollout,
     advantages: Float[Tensor, "all seq"],
     returns: Float[Tensor, "all seq"],
+    weights: Float[Tensor, "all seq"],
     chosen: Int[Tensor, " batch"],
 ) -> Sampled:
     """Some answers of a rollout as a micro-batch; a token of an answer weighs 1."""
-    some = rows.at(chosen)
+    some = rollout.rows.at(chosen)
     work = some.work()
     return Sampled(
         weight=float(work.logits),
         work=work,
         samples=len(chosen),
         rows=some,
-        logps=logps[chosen],
-        values=values[chosen],
+        logps=rollout.logps[chosen],
+        values=rollout.values[chosen],
         advantages=advantages[chosen],
         returns=returns[chosen],
+        weights=weights[chosen],
     )

@@ -11,16 +11,22 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Any, ClassVar
 
+import torch
+from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
+from torch import Tensor
 
 from megachat.align.sandbox import Limits, side_by_side
 from megachat.config import Config
 from megachat.data.conversations import Prompt
+from megachat.data.loader import places
+from megachat.parallel.mesh import Mesh
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
@@ -227,6 +233,43 @@ class Judge(Reward):
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             said: Any = json.load(response)["choices"][0]["message"]["content"]
         return str(said)
+
+
+def by_programs(
+    rewards: Mapping[str, Reward], answers: Sequence[Answer], mesh: Mesh
+) -> dict[str, Float[Tensor, " batch"]]:
+    """What each says of every answer, but for reward models.
+
+    The data ranks share the answers; of those that share a model one is believed.
+    """
+    own = places(0, len(answers), mesh.data_rank, mesh.data)
+    mine: dict[str, list[float]] | str
+    try:
+        mine = {
+            name: reward.scores(answers[own.start : own.stop])
+            for name, reward in rewards.items()
+            if not isinstance(reward, Model)
+        }
+    except (ValueError, OSError) as error:  # to be raised by all ranks, which wait for each other
+        mine = str(error)
+    told = mesh.gather(mine)[:: mesh.tensor]
+    if wrong := next((one for one in told if isinstance(one, str)), None):
+        raise ValueError(wrong)
+    return {
+        name: torch.tensor([*chain(*(one[name] for one in told))], dtype=torch.float64) for name in told[0]
+    }
+
+
+def check_truths(rewards: Mapping[str, Reward], prompts: Iterable[Prompt], block: str) -> None:
+    """Raises what a reward misses that compares with the true answer."""
+    prompts = [*prompts]
+    for name, reward in rewards.items():
+        for prompt in prompts if reward.needs_truth else []:
+            if not prompt.answer:
+                raise ValueError(
+                    f"{block}.{name} compares with the true answer, and a prompt has none: "
+                    f"{prompt.messages[-1].content[:80]!r}; give it an `answer`, or choose another reward"
+                )
 
 
 def result(text: str, after: str, number: bool) -> str:

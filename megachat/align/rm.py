@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from megachat.align.pairs import Data, Pairs, collate, held_out_pairs, rendered, training_batches
-from megachat.align.start import language_model
+from megachat.align.start import Adapting, language_model
 from megachat.data.conversations import Preference, Preferences, Ranking, Rankings, Split
 from megachat.log import say
 from megachat.model.blueprint import Blueprint
@@ -51,10 +51,11 @@ def last_score(
     return scores.gather(1, last).squeeze(1)
 
 
-class RM(Fed):
+class RM(Fed, Adapting):
     """Learn to score answers as people prefer them."""
 
     name: ClassVar[str] = "rm"
+    exact: ClassVar[bool] = False
 
     start: str
     """The stage whose model is the trunk."""
@@ -74,7 +75,7 @@ class RM(Fed):
 
     def models(self, run: Running) -> dict[str, Blueprint[Any]]:
         """The fine-tuned model with a fresh score in place of its output layer."""
-        return {"model": scored(language_model(self, self.start, run))}
+        return {"model": self.trainee(scored(language_model(self, self.start, run)))}
 
     def prepare(self, run: Running) -> int:
         """Renders the preferences; `held_out` ones are only measured."""

@@ -11,25 +11,32 @@ batch, what their advantages are whitened by, and what is logged does not depend
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from megachat.align.advantages import gae, whiten
+from megachat.align.alarms import Alarms
 from megachat.align.logprobs import entropy, token_logps
+from megachat.align.policy import truncated_weights
+from megachat.align.rewards import Answer as Judged
+from megachat.align.rewards import by_programs, check_truths
 from megachat.align.rows import Rendered, Rows, that_fit
+from megachat.align.start import Adapting
 from megachat.data.conversations import Prompt, Prompts, Split
-from megachat.data.loader import places
+from megachat.data.loader import Mixed, places
+from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.chat_format import render_prompt
-from megachat.train.loop import Batch, Running, Task
+from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.train.loop import Batch, Running
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,11 @@ class Asked:
     train: list[Question]
     held_out: list[Question]
     """Only to measure."""
+    text: Mixed | None = None
+    """Rows to train on beside the answers."""
 
 
-class Rolling(Task):
+class Rolling(Adapting):
     """A stage that learns from answers it samples: a rollout of them, then some steps, and so on."""
 
     passes: ClassVar[int] = 0
@@ -71,8 +80,15 @@ class Rolling(Task):
     """What logits are divided by, when sampling and in the loss."""
     max_new_tokens: PositiveInt
     """The longest answer, in tokens."""
+    importance_cap: Annotated[float, Field(ge=1)] | None
+    """A token's loss counts as much as it is likelier to the loss's forward pass than it was to the sampler,
+    at most this much: for a sampler that rounds otherwise. null: every token counts 1."""
+    alarms: Alarms
+    """When a reward that rises is not to be believed."""
     validation_prompts: NonNegativeInt
     """Held-out prompts that are answered at each validation, at most."""
+
+    neutral: ClassVar[tuple[str, ...]] = (*Adapting.neutral, "alarms")
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "Rolling":
@@ -105,7 +121,18 @@ class Rolling(Task):
 
     def asked(self, run: Running) -> Asked:
         """The prompts that fit, as tokens."""
-        return Asked(self._rendered("train", run), self._rendered("held_out", run))
+        asked = Asked(self._rendered("train", run), self._rendered("held_out", run))
+        check_truths(self.alarms.judge, (one.prompt for one in asked.train), "alarms.judge")
+        return asked
+
+    def watched(self, rollout: "Rollout", figures: dict[str, float], run: Running) -> dict[str, float]:
+        """The same figures of a rollout, and what a judge says; all ranks raise the alarm together."""
+        judges = self.alarms.judge
+        if judges:
+            said = by_programs(judges, rollout.whole, run.mesh)
+            total = sum(judge.weight * said[name].mean().item() for name, judge in judges.items())
+            figures = figures | {"judge": total}
+        return figures | self.alarms.watch(self.name, figures, run.progress.state)
 
     def _rendered(self, split: Split, run: Running) -> list[Question]:
         found = [
@@ -164,6 +191,22 @@ class Rollout:
     """What the critic expected before each token."""
     entropies: Float[Tensor, "batch seq"]
     """How undecided the policy was, in nats."""
+    sampled: Float[Tensor, "batch seq"] | None = None
+    """The sampler's own log-probabilities, which `logps` computes again; None: not known."""
+    whole: Sequence[Judged] = ()
+    """The answers as rewards read them."""
+
+    @property
+    def said(self) -> list[list[int]]:
+        """The tokens of each answer alone."""
+        return [row[row != IGNORE].tolist() for row in self.rows.labels.cpu()]
+
+    def weights(self, cap: float | None) -> Float[Tensor, "batch seq"]:
+        """What the loss of each token counts: more where it is likelier than it was to the sampler."""
+        mask = self.rows.mask
+        if cap is None or self.sampled is None:
+            return mask.float()
+        return truncated_weights(self.logps, self.sampled, mask, cap)
 
     def figures(self) -> dict[str, float]:
         """Means for the log; those per answer are not weighted by its length."""
@@ -183,7 +226,32 @@ class Rollout:
         answers, tokens = means.pop("answers"), means.pop("tokens")
         means = {name: value / (tokens if name == "entropy" else answers) for name, value in means.items()}
         variance = means.pop("reward/square") - means["reward/mean"] ** 2
-        return means | {"reward/deviation": max(0.0, variance) ** 0.5, "answer/length": tokens / answers}
+        means |= {"reward/deviation": max(0.0, variance) ** 0.5, "answer/length": tokens / answers}
+        return means if self.sampled is None else means | disagreement(self.logps, self.sampled, mask)
+
+
+def disagreement(
+    logps: Float[Tensor, "batch seq"], sampled: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+) -> dict[str, float]:
+    """How far the sampler's probabilities are from the loss's, per token: by what factor (1 is not at all),
+    and KL(sampler, loss) as k3.
+
+    Example: of two tokens one is as likely to both, one is twice as likely to the loss
+    -> error (1 + 2) / 2, kl (2 - 1 - ln 2) / 2
+    """
+    apart = torch.where(mask, logps - sampled, 0.0).double()
+    tokens = max(1, int(mask.sum()))
+    factors = torch.where(mask, apart.abs().exp(), 0.0).sum().item()
+    return {
+        "sampler/error": factors / tokens,
+        "sampler/kl": (torch.expm1(apart) - apart).sum().item() / tokens,
+    }
+
+
+def as_rows(logps: Iterable[Sequence[float]], rows: Rows) -> Float[Tensor, "batch seq"]:
+    """A number for each token of each answer, at the position of its label."""
+    numbers = torch.tensor([*chain(*logps)], dtype=torch.float32, device=rows.tokens.device)
+    return torch.zeros(rows.tokens.shape, device=rows.tokens.device).masked_scatter(rows.mask, numbers)
 
 
 def shared(count: int, mesh: Mesh) -> list[int]:
@@ -212,9 +280,28 @@ def sample(
 
     All ranks call it with all prompts and get all answers. Raises Stopped when asked to stop meanwhile.
     """
+    answers = answered(run, prompts, seeds, sampling, at_once)
+    return [rendered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def rendered(prompt: Sequence[int], answer: "Answer") -> Rendered:
+    """A prompt with an answer, whose tokens are trained on."""
+    return [*prompt, *answer.tokens], [0] * len(prompt) + [1] * len(answer.tokens)
+
+
+def in_words(
+    questions: Sequence[Question], answers: Sequence["Answer"], tokenizer: Tokenizer
+) -> list[Judged]:
+    """The answers as rewards read them."""
+    end = tokenizer.end
     return [
-        ([*prompt, *answer.tokens], [0] * len(prompt) + [1] * len(answer.tokens))
-        for prompt, answer in zip(prompts, answered(run, prompts, seeds, sampling, at_once), strict=True)
+        Judged(
+            one.prompt,
+            tokenizer.decode([token for token in answer.tokens if token != end]),
+            len(answer.tokens),
+            answer.tokens[-1] == end,
+        )
+        for one, answer in zip(questions, answers, strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from megachat.align.rows import Rendered, cut, drawn, pack, packed, that_fit
-from megachat.align.start import language_model
+from megachat.align.start import Adapting, language_model
 from megachat.data.conversations import Conversations, Encoded, Message, opening, share
 from megachat.data.loader import places
 from megachat.data.shards import read_split
@@ -86,10 +86,11 @@ class Material:
     """Rows that are only measured."""
 
 
-class SFT(Fed):
+class SFT(Fed, Adapting):
     """Imitate the assistant's side of conversations."""
 
     name: ClassVar[str] = "sft"
+    exact: ClassVar[bool] = False
 
     start: str
     """The stage whose model is trained on."""
@@ -101,7 +102,7 @@ class SFT(Fed):
     """What becomes of a conversation that is longer than `context`: it is left out, or its end is cut off. An
     answer that is cut has no stop token, so it never teaches to stop there."""
     prompt_weight: Annotated[float, Field(ge=0, le=1)]
-    """How much a token that the assistant does not say counts, beside 1 for one that it says
+    """How much a token counts that the assistant does not say, or says in a message of the weight 0, beside 1
     (Huerta-Enochian and Ko, 2024, https://arxiv.org/abs/2401.13586); 0: the assistant's side alone."""
     neftune: NonNegativeFloat
     """Noise added to the embeddings in training, the paper's alpha, there 5 to 15 (Jain et al., 2023,
@@ -123,7 +124,7 @@ class SFT(Fed):
         """The base model."""
         start = language_model(self, self.start, run)
         start.model.noise = self.neftune
-        return {"model": start}
+        return {"model": self.trainee(start)}
 
     def prepare(self, run: Running) -> int:
         """Packs the conversations."""

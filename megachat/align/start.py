@@ -4,15 +4,54 @@ What judges is frozen and comes from that stage's folder on every start, also of
 reference taken from the policy at a restart would make its KL 0 without a word.
 """
 
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
+from pydantic import model_validator
 from torch import nn
 
 from megachat.model.blueprint import Blueprint
 from megachat.model.gpt import GPT, Block
 from megachat.model.heads import Scalar
+from megachat.model.lora import LoRA, adapted
 from megachat.parallel import checkpoint
 from megachat.train.loop import Running, Task
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Adapting(Task):
+    """A stage that trains another one's model on: all of it, or small matrices beside it."""
+
+    exact: ClassVar[bool] = True
+    """Whether it compares probabilities, and noise in them would be taken for a difference."""
+
+    lora: LoRA | None
+    """Small matrices are trained and the model stays as it is; null: all of it is trained."""
+
+    @model_validator(mode="after")
+    def _can_adapt(self) -> "Adapting":
+        if self.lora is None:
+            return self
+        if self.exact and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout={self.lora.dropout} is noise, which {self.name} would take for a difference "
+                "of probabilities; set lora.dropout=0"
+            )
+        if self.parallel.expert > 1:
+            raise ValueError(
+                f"parallel.expert={self.parallel.expert} spreads experts that lora does not train; set "
+                "parallel.expert=1, or lora=none"
+            )
+        if self.parallel.fp8 != "none":
+            raise ValueError(
+                f"parallel.fp8={self.parallel.fp8} has no use for the small matrices of lora; set "
+                "parallel.fp8=none, or lora=none"
+            )
+        return self
+
+    def trainee(self, start: Blueprint[Model]) -> Blueprint[Model]:
+        """What is trained of a model."""
+        return start if self.lora is None else adapted(start, self.lora)
 
 
 def anchored(task: Task, stage: str, run: Running) -> nn.Module:

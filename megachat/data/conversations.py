@@ -39,6 +39,8 @@ class Message:
 
     role: Role
     content: str
+    weight: Literal[0, 1] = 1
+    """0: what the assistant says here is not imitated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +200,13 @@ class JsonConversations(Conversations):
 
         def read(record: Record) -> Conversation:
             conversation = Conversation(messages_of(formats.conversation(record)))
-            if not any(message.role == "assistant" for message in conversation.messages):
+            said = [message for message in conversation.messages if message.role == "assistant"]
+            if not said:
                 raise ValueError("nothing is said by the assistant, so there is nothing to imitate")
+            if not any(message.weight for message in said):
+                raise ValueError(
+                    'all that the assistant says has "weight": 0, so there is nothing to imitate'
+                )
             return conversation
 
         return read_json_lines(self.path, read)
@@ -294,7 +301,11 @@ class JsonRankings(Rankings):
 
 
 class JsonPrompts(Prompts):
-    """Prompts from JSON lines: `{"messages": [...]}` or `{"prompt": "text"}`, and perhaps an `answer`."""
+    """Prompts from JSON lines: `{"messages": [...]}` or `{"prompt": "text"}`, and perhaps an `answer`.
+
+    Of a whole conversation, as `sft` reads it, the prompt is what ends with the user's last message; what the
+    assistant says at its end is the true answer where the line has no other.
+    """
 
     path: str
     """The file, or a glob of files; `.gz` and `.zst` are unpacked."""
@@ -305,8 +316,13 @@ class JsonPrompts(Prompts):
         """Those lines whose prompt belongs to the split."""
 
         def read(record: Record) -> Prompt:
-            answer = text(record, "answer") if "answer" in record else ""
-            return Prompt(asking(formats.prompt(record)), answer, str(record.get("kind", "")))
+            turns, answer = formats.prompt(record), ""
+            users = [place for place, turn in enumerate(turns) if turn[0] == "user"]
+            if turns[-1][0] == "assistant" and users:
+                answer = Conversation(messages_of(turns)).messages[-1].content
+                turns = turns[: users[-1] + 1]
+            answer = text(record, "answer") if "answer" in record else answer
+            return Prompt(asking(turns), answer, str(record.get("kind", "")))
 
         return of_split(read_json_lines(self.path, read), split, self.held_out, lambda item: item.messages)
 
@@ -348,7 +364,7 @@ def of_split(
 
 def messages_of(turns: list[Turn]) -> tuple[Message, ...]:
     """Turns as messages."""
-    return tuple(Message(role, said) for role, said in turns)
+    return tuple(Message(*turn) for turn in turns)
 
 
 def asking(turns: list[Turn]) -> tuple[Message, ...]:
@@ -362,7 +378,7 @@ def asking(turns: list[Turn]) -> tuple[Message, ...]:
 def only_answer(turns: list[Turn], key: str) -> str:
     """The text of an answer of one message."""
     if len(turns) > 1:
-        said = ", ".join(role for role, _ in turns)
+        said = ", ".join(turn[0] for turn in turns)
         raise ValueError(
             f'"{key}" holds {len(turns)} messages ({said}); one answer of the assistant\'s can be judged'
         )

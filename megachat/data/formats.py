@@ -7,7 +7,8 @@
 An assistant's call of a tool becomes text, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, in a
 message that ends with it; what the tool says is a message of the role `tool`. Of several calls at once each
 is followed by its own result, for that is what a model will see that stops after each call. Tools that a
-record describes are told to the model in its system message.
+record describes are told to the model in its system message. What the assistant says in a message with
+`"weight": 0` is read and not imitated.
 """
 
 import json
@@ -22,8 +23,8 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 Record = dict[str, Any]
 """A line of a file."""
 
-Turn = tuple[Role, str]
-"""Who speaks, and what is said."""
+Turn = tuple[Role, str] | tuple[Role, str, Literal[0]]
+"""Who speaks, and what is said; and 0 where the assistant says it and is not to be imitated."""
 
 CALL, CALLED = "<tool_call>", "</tool_call>"
 """Around a call in what an assistant says: text like any other, which the model learns to write."""
@@ -53,6 +54,12 @@ class _Said:
     """The id of each call, if it has one, and its text."""
     answers: str = ""
     """The id of the call that a tool's message answers, if it has one."""
+    imitated: bool = True
+    """Whether it is trained on, should the assistant say it."""
+
+    def turn(self, text: str) -> Turn:
+        """Its role with a text."""
+        return (self.role, text) if self.imitated else (self.role, text, 0)
 
 
 def is_call(role: str, text: str) -> bool:
@@ -115,7 +122,7 @@ def preference(record: Record) -> tuple[list[Turn], str, str]:
 
 
 def _must_end_with(before: list[Turn], asked: list[Turn]) -> None:
-    if [said.strip() for _, said in before[-len(asked) :]] != [said.strip() for _, said in asked]:
+    if [turn[1].strip() for turn in before[-len(asked) :]] != [turn[1].strip() for turn in asked]:
         raise ValueError(
             f"the prompt is {asked[-1][1]!r:.80}, but what comes before the last message of chosen and "
             f"rejected ends with {before[-1][1]!r:.80}"
@@ -207,17 +214,33 @@ def _read(item: object) -> _Said:
             f"a role is one of {', '.join(NAMES)}"
         )
     role, key = NAMES[known], "content" if "content" in item or "role" in item else "value"
+    imitated = _imitated(item, role)
     if known == "function_call":
         value = _parsed(item.get(key))
-        return _Said(role, "", [("", call(one)) for one in (value if isinstance(value, list) else [value])])
+        called = [("", call(one)) for one in (value if isinstance(value, list) else [value])]
+        return _Said(role, "", called, imitated=imitated)
     calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
     if not calls:
-        return _Said(role, text(item, key), answers=str(item.get("tool_call_id") or ""))
+        return _Said(role, text(item, key), [], str(item.get("tool_call_id") or ""), imitated)
     if role != "assistant" or not isinstance(calls, list):
         raise ValueError(f'expected "tool_calls": [...] in a message of the assistant, got {item!r:.80}')
     ids = [str(one.get("id") or "") if isinstance(one, dict) else "" for one in calls]
     said = text(item, key) if item.get(key) else ""
-    return _Said(role, said, [(own, call(one)) for own, one in zip(ids, calls, strict=True)])
+    return _Said(role, said, [(own, call(one)) for own, one in zip(ids, calls, strict=True)], "", imitated)
+
+
+def _imitated(item: dict[str, Any], role: Role) -> bool:
+    """Whether a message is trained on if it is the assistant's: its `weight` is 1, or it has none."""
+    weight = item.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(f'expected "weight": 0 (not trained on) or 1, got {weight!r:.80}')
+    if role != "assistant" and weight:
+        raise ValueError(
+            f'"weight": 1 in a message of the role {role}, which is never trained on; leave it out there'
+        )
+    return bool(weight) or role != "assistant"
 
 
 def _in_order(messages: Sequence[_Said]) -> list[Turn]:
@@ -231,7 +254,7 @@ def _in_order(messages: Sequence[_Said]) -> list[Turn]:
         )
         start += 1 + len(results)
         if not one.calls:
-            said.append((one.role, one.text))
+            said.append(one.turn(one.text))
             continue
         ids = [own for own, _ in one.calls]
         unknown = next(
@@ -245,9 +268,9 @@ def _in_order(messages: Sequence[_Said]) -> list[Turn]:
         calls[0] = f"{one.text}\n{calls[0]}" if one.text else calls[0]
         if len(results) == len(calls):
             for own, result in zip(calls, results, strict=True):
-                said += [("assistant", own), ("tool", result.text)]
+                said += [one.turn(own), result.turn(result.text)]
         else:
-            said += [("assistant", own) for own in calls] + [("tool", result.text) for result in results]
+            said += [one.turn(own) for own in calls] + [result.turn(result.text) for result in results]
     return said
 
 

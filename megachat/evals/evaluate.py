@@ -4,7 +4,8 @@ It measures whatever has finished and says what it leaves out, in one process, o
   pretrain   bits per byte of the validation shard
   sft        the same again; recall of true sentences, in phrasings it was trained on and in new ones
   rm         how often it prefers the better of two answers, about functions it was not trained on
-  ppo, dpo   against SFT: win rate, gain in reward, KL; all answer the same questions, sampled alike
+  ppo, dpo, kto, grpo   against SFT: win rate, gain in reward, KL; all answer the same questions, sampled
+             alike
 Recall and the samples are greedy. For the comparison answers are sampled, since the distribution is what
 alignment trains: at `temperature: 1` the KL is that between the two models.
 """
@@ -42,7 +43,7 @@ class Evaluate(Stage):
     """The questions; for recall they need true answers."""
     preferences: Preferences
     """Whose held-out part the reward model is tried on."""
-    policies: list[Literal["ppo", "dpo", "grpo"]]
+    policies: list[Literal["ppo", "dpo", "kto", "grpo"]]
     """The aligned models that are compared with SFT."""
     questions: PositiveInt
     """Questions for each recall and each win rate, where there are that many."""

@@ -99,7 +99,9 @@ class _Sum(torch.autograd.Function):
         used, total = weight.to(x.dtype), torch.zeros((), dtype=wide(x), device=x.device)
         training = any(ctx.needs_input_grad)
         x_gradient = torch.empty_like(x) if training else None
-        weight_gradient = torch.zeros_like(weight, dtype=wide(x)) if training else None
+        # Without a gradient of its own where it stays as it is (LoRA).
+        learns = ctx.needs_input_grad[1]
+        weight_gradient = torch.zeros_like(weight, dtype=wide(x)) if learns else None
         places, here = _places(labels, share)
         for first in range(0, len(x), _rows(weight, share)):
             part = slice(first, first + _rows(weight, share))
@@ -107,13 +109,14 @@ class _Sum(torch.autograd.Function):
             logps = _logps(row @ used.T, share)
             found = _nats(logps, place, own)
             total += (found if scale is None else found * scale[part]).sum()
-            if x_gradient is not None and weight_gradient is not None:
+            if x_gradient is not None:
                 slope = logps.exp_()  # of the loss, by each logit: p(token) - [token is the label]
                 slope.scatter_add_(-1, place[:, None], -own[:, None].to(slope.dtype))
                 counts = (labels[part] != IGNORE)[:, None]
                 slope = slope.mul_(counts if scale is None else counts * scale[part, None]).to(x.dtype)
                 torch.mm(slope, used, out=x_gradient[part])
-                weight_gradient += slope.T @ row
+                if weight_gradient is not None:
+                    weight_gradient += slope.T @ row
         if share is not None:
             total = share.sum(total)
             x_gradient = None if x_gradient is None else share.sum(x_gradient)
@@ -122,10 +125,11 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x_gradient, weight_gradient = ctx.saved_tensors
         (factor,) = factors
-        return x_gradient * factor, (weight_gradient * factor).to(ctx.dtype), None, None, None
+        for_weight = None if weight_gradient is None else (weight_gradient * factor).to(ctx.dtype)
+        return x_gradient * factor, for_weight, None, None, None
 
 
 def rows_at_once(words: int, device: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from megachat.log import say
 from megachat.model.blueprint import Blueprint, Read
 from megachat.model.gpt import GPT
 from megachat.model.heads import Scalar
+from megachat.model.lora import Adapted, LoRA, merged
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.preflight import read_again
 from megachat.tokenizer.tokenizer import Tokenizer
@@ -47,11 +49,13 @@ def architecture(model: nn.Module) -> dict[str, Any]:
     """What it takes to build the model again without its weights."""
     body = trunk(model)
     kind = type(body.config)
+    lora = next((module.lora for module in model.modules() if isinstance(module, Adapted)), None)
     return {
         "head": "scalar" if isinstance(model, Scalar) else "language",
         "vocab": body.vocab,
         **({"scores": [model.mean, model.deviation]} if isinstance(model, Scalar) else {}),
         "config": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **body.config.model_dump()},
+        **({} if lora is None else {"lora": lora.model_dump()}),
     }
 
 
@@ -63,7 +67,10 @@ def trunk(model: nn.Module) -> GPT:
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
-    """The model that `architecture` described, without weights: on the meta device."""
+    """The model that `architecture` described, without weights: on the meta device.
+
+    What was adapted (`lora`) is a plain model again.
+    """
     config = decode({"moe": None} | description["config"])  # older ones have none
     body = config.blueprint(description["vocab"]).model
     with torch.device("meta"):
@@ -353,16 +360,19 @@ def latest(stage: Path) -> Checkpoint:
 
 
 def blueprint(checkpoint: Checkpoint, role: str) -> Blueprint[nn.Module]:
-    """A model of the checkpoint, of which no weight has been read yet."""
+    """A model of the checkpoint, of which no weight has been read yet; what LoRA has learnt is in them."""
     if role not in checkpoint.manifest["architecture"]:
         raise ValueError(
             f"{checkpoint.path} has no {role!r}; it has {sorted(checkpoint.manifest['architecture'])}"
         )
+    description, read = checkpoint.manifest["architecture"][role], checkpoint.reader(role)
     try:
-        model = build(checkpoint.manifest["architecture"][role])
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        model = build(description)
+        if "lora" in description:
+            read = merged(read, LoRA(**description["lora"]))
+    except (ConfigError, ValidationError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint.path / MANIFEST} does not describe a model: {error}") from None
-    return Blueprint(model, checkpoint.reader(role))
+    return Blueprint(model, read)
 
 
 def load_model(

@@ -41,6 +41,7 @@ from megachat.parallel.tensor import (
     cut_vocabulary,
     part_of,
     partition_config,
+    plan_of,
     split_axis,
     whole,
 )
@@ -252,7 +253,7 @@ class Engine:
         per_token = next((module.per_token for module in model.modules() if isinstance(module, MoE)), None)
         if per_token is not None:
             _check_experts(parallel)
-        plan = getattr(model, "tensor_plan", {})
+        plan = plan_of(model)
         cut_vocabulary(model, plan, mesh)
         share_rows(model, mesh, partial(DistributedAttention, scatter_idx=2, gather_idx=1))
         with _quiet():
@@ -534,18 +535,20 @@ class Engine:
         for name, parameter in self._named():
             full = self.shapes[name]
             axis = split_axis(full, self._local_shape(parameter))
-            for moment in (None, *self._moments(self._group_of[name])):
-                part = self._read(parameter, moment)
+            for kind in self._kinds(name):
+                part = self._read(parameter, None if kind == "weight" else kind)
                 joined = whole(part, axis, full[axis or 0], self._parts.group, self._parts.ranks)
-                yield f"{moment or 'weight'}.{name}", joined
+                yield f"{kind}.{name}", joined
 
     def tensors(self) -> dict[str, torch.Size]:
         """Name and full shape of every logical tensor, in the order of `logical`."""
         return {
-            f"{kind}.{name}": self.shapes[name]
-            for name, _ in self._named()
-            for kind in ("weight", *self._moments(self._group_of[name]))
+            f"{kind}.{name}": self.shapes[name] for name, _ in self._named() for kind in self._kinds(name)
         }
+
+    def _kinds(self, name: str) -> tuple[str, ...]:
+        """The logical tensors of a parameter: what is not trained has no moments."""
+        return "weight", *(self._moments(self._group_of[name]) if name in self._group_of else ())
 
     @property
     def steps(self) -> int:
@@ -569,7 +572,7 @@ class Engine:
         """
         self._create_state()
         for name, parameter in self._named():
-            for kind in ("weight", *self._moments(self._group_of[name])):
+            for kind in self._kinds(name):
                 piece = partial(self._piece, read, f"{kind}.{name}", self._local_shape(parameter))
                 self._write(parameter, None if kind == "weight" else kind, piece)
         for state in self._basic_optimizer.state.values():
@@ -598,6 +601,8 @@ class Engine:
         return nn.functional.pad(piece, (0, count - len(piece)))
 
     def _read(self, parameter: Any, moment: str | None) -> Tensor:
+        if not parameter.requires_grad:
+            return self._read_frozen(parameter).float()
         if self.parallel.zero == 0:
             value = parameter if moment is None else self._basic_optimizer.state[parameter][moment]
             return value.detach().float()
@@ -607,6 +612,16 @@ class Engine:
         if moment is None:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, moment)
+
+    def _read_frozen(self, parameter: Any) -> Tensor:
+        """What no optimizer knows, in the precision it computes in: DeepSpeed keeps no other copy of it."""
+        if self.parallel.zero < 3:
+            return parameter.detach()
+        own = parameter.ds_tensor.detach().to(self.mesh.device)
+        group = parameter.ds_process_group
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group=group)
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
     def _write(self, parameter: Any, moment: str | None, piece: Callable[[int, int], Tensor]) -> None:
         """Sets what this rank holds. The low-precision weight that computes does not follow the fp32 one."""
@@ -620,12 +635,14 @@ class Engine:
             if moment is not None:
                 safe_set_local_optimizer_state(parameter, part, moment)
                 return
-            safe_set_local_fp32_param(parameter, part)
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.copy_(part)
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:
                 parameter.partition()  # a small one stays gathered between steps: it is gathered anew
         else:
-            mapping = parameter._hp_mapping  # None where this rank's share has nothing of the parameter
+            # None where this rank's share has nothing of the parameter, or it is not trained.
+            mapping = getattr(parameter, "_hp_mapping", None)
             if moment is None:
                 whole_part = piece(0, parameter.numel())
                 parameter.copy_(whole_part.view_as(parameter))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megachat.model.gpt import GPTConfig
+from megachat.model.lora import Adapted
 from megachat.parallel.mesh import Mesh, divisors
 
 
@@ -44,6 +45,22 @@ def cut_by_deepspeed(plan: Mapping[str, str], module: str) -> bool:
     """Whether AutoTP will cut the weight of a module."""
     cuts = [cut for planned, cut in plan.items() if re.fullmatch(_pattern(planned), module)]
     return any(cut in ("column", "row") for cut in cuts)
+
+
+def plan_of(model: nn.Module) -> dict[str, str]:
+    """The plan beside a model; of an adapted one (`megachat.model.lora`), with the parts of its layers.
+
+    The layer's own cut goes through one of the two small matrices. The other is whole, and its gradient is
+    the same on every rank: AutoTP sums gradients of the inputs of a `column` layer, and the outputs of a
+    `row` layer. What is not trained has no gradients to be summed.
+    Example: {"mlp.up": "column"} -> {"mlp.up.base": "column", "mlp.up.expand": "column"}
+    """
+    plan: dict[str, str] = getattr(model, "tensor_plan", {})
+    if not any(isinstance(module, Adapted) for module in model.modules()):
+        return plan
+    parts = {"column": ("base", "expand"), "row": ("base", "shrink")}
+    adapters = {f"{module}.{part}": cut for module, cut in plan.items() for part in parts.get(cut, ())}
+    return {module: cut for module, cut in plan.items() if cut != "replicate-sum"} | adapters
 
 
 def _pattern(module: str) -> str:

@@ -13,7 +13,8 @@ from megachat.tokenizer.tokenizer import TOOL, Tokenizer
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens and mask; the mask is 1 on what the assistant says and on the `<|end|>` after it.
+    """Tokens and mask; the mask is 1 on what the assistant says and on the `<|end|>` after it, but for
+    messages of the weight 0.
 
     Example: user "Hi", assistant "Yes" -> tokens  <s> <|user|> Hi <|end|> <|assistant|> Yes <|end|>
                                            mask     0     0     0     0          0        1     1
@@ -22,7 +23,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int],
     for message in conversation.messages:
         content = [*tokenizer.encode(message.content), tokenizer.end]
         tokens += [role(message, tokenizer), *content]
-        mask += [0, *[int(message.role == "assistant")] * len(content)]
+        says = message.weight if message.role == "assistant" else 0
+        mask += [0, *[says] * len(content)]
     return tokens, mask
 
 

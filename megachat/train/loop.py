@@ -495,7 +495,9 @@ def flops_of(task: Task, model: nn.Module) -> Flops | None:
         "selective": "none" if torch.cuda.is_available() else "attention",
         "full": "blocks",
     }
-    return Flops(trunk.config, vocab, task.passes + task.along(), again[task.parallel.checkpointing])
+    frozen = not trunk.embed.weight.requires_grad
+    passes = task.passes + task.along()
+    return Flops(trunk.config, vocab, passes, again[task.parallel.checkpointing], frozen)
 
 
 def _describe(task: Task, tokenizer: Tokenizer) -> None:

@@ -235,7 +235,7 @@ class Pretrain(Fed):
 
         def make(start: int) -> list[Tokens]:
             rows = share(run.data.order, start, self.batch, mesh.data_rank, mesh.data)
-            return [*micro_batches(rows, most, self.micro_batch, _collate)]
+            return [*micro_batches(rows, most, self.micro_batch, collate)]
 
         return fed(self, run, make)
 
@@ -267,7 +267,7 @@ class Pretrain(Fed):
             for part in parts(places, self.micro_batch):
                 run.pause()
                 rows = [windows[chosen[place % len(chosen)]] for place in part]
-                batch = moved(_collate(rows), mesh.device)
+                batch = moved(collate(rows), mesh.device)
                 counts = torch.tensor([place < len(chosen) for place in part], device=mesh.device)
                 labels = batch.labels.clamp(min=0)
                 weights = torch.where((batch.labels >= 0) & counts[:, None], lengths[labels], 0)
@@ -288,7 +288,8 @@ class Pretrain(Fed):
         return self.prompt + run.tokenizer.decode(new)
 
 
-def _collate(rows: Sequence[Window]) -> Tokens:
+def collate(rows: Sequence[Window]) -> Tokens:
+    """Rows of text as a micro-batch."""
     length = len(rows[0].tokens) - 1
     tokens = np.concatenate([row.tokens for row in rows]).reshape(-1, length + 1)
     labels = tokens[:, 1:].astype(np.int64)

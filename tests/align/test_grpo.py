@@ -137,6 +137,20 @@ def test_a_first_step_that_moves_nothing_is_on_policy(
     assert state.notes["kl"] == state.notes["kl/k3"] == 0
 
 
+def test_the_answers_of_a_group_are_all_to_one_prompt(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def scores(self: Exact, answers: Sequence[Answer]) -> list[float]:
+        return [float(ord(answer.prompt.answer[0]) + 10 * ord(answer.prompt.answer[1])) for answer in answers]
+
+    monkeypatch.setattr(Exact, "scores", scores)
+    task = made(inputs, run)
+    state = tiny.running(task)
+    next(task.batches(state))
+    assert state.notes["group/flat"] == 1
+    assert state.notes["reward/deviation"] > 0
+
+
 def test_a_loss_that_is_not_of_the_answers_probabilities_is_told_before_the_first_step(
     inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ):

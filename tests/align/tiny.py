@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from megachat.config import compose, decode
+from megachat.data.shards import ShardWriter
+from megachat.files import sha256, write_json
 from megachat.model.heads import Scalar
 from megachat.parallel.mesh import Mesh, start
 from megachat.run import Stage
@@ -71,6 +73,7 @@ def make(run: Path) -> Path:
     (run / "tokenizer").mkdir()
     tokenizer.save(run / "tokenizer" / FILE)
     finish(run / "tokenizer")
+    _encode(run / "encode", [text for text in texts for _ in range(4)], tokenizer)
     torch.manual_seed(0)
     model = decode(SHAPE).build(tokenizer.vocab)
     for stage in ("pretrain", "sft"):
@@ -120,6 +123,18 @@ def rows(run: Path, name: str) -> list[dict[str, float]]:
 def place(data: int, data_rank: int) -> Mesh:
     """A rank among others that are not there: enough to choose one's share of the data."""
     return Mesh(data_rank, data, 1, torch.device("cpu"), None, None)
+
+
+def _encode(folder: Path, texts: list[str], tokenizer: Tokenizer) -> None:
+    """Token shards, as `encode` leaves them."""
+    with ShardWriter(folder / "train" / "text", tokenizer.vocab) as writer:
+        for text in texts:
+            writer.add([*tokenizer.encode(text), tokenizer.eos])
+    sums = {kind: sha256(folder / "train" / f"text.{kind}") for kind in ("bin", "idx")}
+    shard = {"split": "train", "source": "text", "sha256": sums}
+    about = {"tokenizer": tokenizer.sha256, "vocab": tokenizer.vocab, "shards": {"train/text": shard}}
+    write_json(folder / "manifest.json", about)
+    finish(folder)
 
 
 def _said(question: str) -> list[dict[str, str]]:

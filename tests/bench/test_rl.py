@@ -1,5 +1,6 @@
 """The benchmark of reinforcement learning: what it asks, what it counts, and that all do the same work."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from tools.bench import clock, rl
 from tools.bench.ask import Ask, until
 
 LINES = {line.key: line for line in rl.LINES}
+TRAINERS = {line.key: line for line in rl.TRAINERS}
 TINY = rl.Shape(
     "tiny",
     rl.COMMON | {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 48, "qk_norm": True},
@@ -69,3 +71,32 @@ def test_transformers_writes_the_same_greedy_answers_from_the_same_weights(tmp_p
     theirs, ours = (rl.run(LINES[key], same, tmp_path) for key in ("transformers", "megachat"))
     assert theirs["answers"] == ours["answers"]
     assert len({len(answer) for answer in ours["answers"]}) > 1
+
+
+def test_a_trainers_line_has_the_median_of_its_steps_and_how_many_times_trls_speed_it_is() -> None:
+    told = {
+        "trl": {"seconds": [3.0, 2.0, 7.0], "peak": 2**30},
+        "megachat": {"seconds": [0.5, 2.0], "peak": 2**29},
+    }
+    *_, theirs, ours = rl.steps_table(rl.TRAINERS, told, "a title")
+    assert theirs.split() == ["TRL", "3.00", "2.00", "7.00", "1.00", "1.00"]
+    assert ours.split() == ["megachat", "1.25", "0.50", "2.00", "2.40", "0.50"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["grpo", "dpo"])
+def test_trl_starts_from_the_loss_that_megachat_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    few = replace(
+        rl.TRAININGS[stage], batch=8, micro_batch=4, group=rl.TRAININGS[stage].group // 2 or 1, new=8
+    )
+    monkeypatch.setitem(rl.TRAININGS, stage, few)
+    lesson = rl.prepared(tmp_path, replace(TINY, vocab=1024), stage, "float32", count=1)
+    ours = rl.teach(TRAINERS["megachat"], stage, lesson, tmp_path)
+    assert len(ours["seconds"]) == 1
+    assert ours["losses"][0] == pytest.approx(math.log(2) if stage == "dpo" else 0.0, abs=1e-5)
+    if remedy := clock.missing(TRAINERS["trl"].environment):
+        pytest.skip(f"TRL is not installed: {remedy}")
+    theirs = rl.teach(TRAINERS["trl"], stage, lesson, tmp_path)
+    assert theirs["losses"][0] == pytest.approx(ours["losses"][0], abs=1e-5)

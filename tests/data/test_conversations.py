@@ -148,6 +148,18 @@ def test_a_prompt_may_have_an_answer(tmp_path):
     assert prompts.prompts("train") == [Prompt(ask("Hi"), ""), Prompt(ask("Hi"), "Hello")]
 
 
+def test_a_whole_conversation_is_a_prompt_and_its_answer(tmp_path):
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    sums = [*earlier, {"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "It is 3."}]
+    records = {"messages": sums}, {"messages": sums, "answer": "3"}, {"messages": earlier}
+    asked = Conversation(tuple(Message(**message) for message in sums[:3])).messages
+    assert JsonPrompts(path=written(tmp_path / "a.jsonl", *records), held_out=0.0).prompts("train") == [
+        Prompt(asked, "It is 3."),
+        Prompt(asked, "3"),
+        Prompt(ask("Hi"), "Hello."),
+    ]
+
+
 def test_nobody_knows_which_prompts_of_a_file_were_fine_tuned_on(tmp_path):
     prompts = JsonPrompts(
         path=written(tmp_path / "a.jsonl", *({"prompt": f"{i}?"} for i in range(40))), held_out=0.5

@@ -98,6 +98,22 @@ def test_a_call_and_its_result_in_every_shape(messages):
     Conversation(tuple(Message(role, said) for role, said in turns))
 
 
+def test_a_weight_of_0_stays_with_every_call_of_its_message():
+    said = [user("Hi"), assistant("", tool_calls=[called("f", {}), called("g", {})], weight=0)]
+    calls = [f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>' for name in "fg"]
+    read = [("assistant", one, 0) for one in calls]
+    assert conversation({"messages": said})[1:] == read
+    results = conversation({"messages": [*said, tool("1"), tool("2")]})
+    assert results[1:] == [read[0], ("tool", "1"), read[1], ("tool", "2")]
+
+
+def test_a_conversation_of_which_nothing_is_imitated_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [user("Hi"), assistant("a", weight=0)]}))
+    with pytest.raises(ValueError, match='jsonl:1: all that the assistant says has "weight": 0'):
+        JsonConversations(path=str(path)).conversations()
+
+
 def test_of_several_calls_each_is_followed_by_its_own_result():
     calls = [called("add", {"a": 1}, id="x"), called("now", "{}", id="y")]
     messages = [user("?"), assistant("I look.", tool_calls=calls),
@@ -151,6 +167,9 @@ def test_tools_are_told_in_the_system_message(tools):
                        tool("1", tool_call_id="z")]}, "answers the call 'z'; the calls are x"),
         ({"messages": [user("Hi"), assistant(None)]}, 'expected "content": "text", got None'),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, user("Hi")]}, "keep one"),
+        *(({"messages": [user("Hi"), assistant("a", weight=weight)]}, f'"weight": 0 .* or 1, got {got}')
+          for weight, got in ((2, "2"), (0.5, "0.5"), (True, "True"), ("0", "'0'"), ([0], r"\[0\]"))),
+        ({"messages": [{**user("Hi"), "weight": 1}]}, "of the role user, which is never trained on"),
         ({"messages": [user("Hi")], "tools": "f"}, "expected JSON, got 'f'"),
         ({"messages": [user("Hi")], "tools": {}, "system": 3}, 'expected "system": "text", got 3'),
     ],

@@ -56,6 +56,15 @@ def test_sums_and_gradients_are_those_of_the_full_logits() -> None:
     assert_close(found, expected, rtol=1e-5, atol=1e-6)  # that of the full logits was taken in fp32
 
 
+def test_a_weight_that_is_not_trained_changes_nothing_for_what_is_before_it() -> None:
+    x, weight, labels = example(torch.float64)
+    (expected,) = torch.autograd.grad(cross_entropy(x, weight, labels), (x,))
+    weight.requires_grad_(False)
+    cross_entropy(x, weight, labels).backward()
+    assert_close(x.grad, expected, rtol=0, atol=0)
+    assert weight.grad is None
+
+
 def test_a_term_counts_as_much_as_its_scale_and_so_does_its_gradient() -> None:
     x, weight, labels = example(torch.float64)
     scale = torch.rand(labels.shape)

@@ -74,6 +74,16 @@ def test_flops_are_those_that_torch_counts(tied: bool, recomputed: str) -> None:
     assert flops.of_model(work) == Flops(config, VOCAB, 3, "none").of_hardware(work)
 
 
+def test_weights_that_stay_as_they_are_save_a_third_of_their_flops() -> None:
+    model = TINY.build(VOCAB).requires_grad_(False)
+    model.embed.register_forward_hook(lambda _, __, states: states.requires_grad_())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(some_tokens(2, 16)).sum().backward()
+    work = Work(tokens=2 * 16, pairs=2 * 16**2, logits=2 * 16)
+    frozen = Flops(TINY, VOCAB, 3, "none", frozen=True)
+    assert frozen.of_model(work) == counter.get_total_flops()
+
+
 def test_a_token_sees_itself_and_those_before_it_in_its_document() -> None:
     assert Work.of([3, 2], logits=4) == Work(tokens=5, pairs=(1 + 2 + 3) + (1 + 2), logits=4)
 

@@ -17,7 +17,7 @@ from megachat.run import Stage, perform
 from megachat.tokenizer.tokenizer import Tokenizer
 from megachat.train import forecast
 from megachat.train.loop import Progress, Running
-from megachat.train.pretrain import Pretrain, _collate
+from megachat.train.pretrain import Pretrain, collate
 from tests.spawn import on_ranks
 from tests.tiny_model import finish
 from tests.tiny_run import make, pretrain, rows
@@ -87,7 +87,7 @@ def test_packed_rows_train_and_padding_has_no_label(tmp_path: Path) -> None:
     packed(run=run)
     losses = [row["loss"] for row in rows(run)]
     assert losses[-1] < losses[0]
-    batch = _collate(
+    batch = collate(
         [Window(np.array([5, 6, 7, 0, 0]), [0, 3]), Window(np.array([5, 6, 7, 8, 9]), [0, 1, 4, 5])]
     )
     assert batch.labels.tolist() == [[6, 7, -100, -100], [-100, 7, 8, -100]]
@@ -114,7 +114,7 @@ def test_shards_of_another_tokenizer_are_refused(run: Path) -> None:
 
 def test_the_work_of_a_row_is_that_of_its_documents_without_padding() -> None:
     row = Window(np.arange(9), [0, 3, 7])  # 9 tokens, the last of them only a label; two are padding
-    work = _collate([row, Window(np.arange(9), [0, 9])]).work
+    work = collate([row, Window(np.arange(9), [0, 9])]).work
     # Documents of 3, 4 and 8 tokens; no label comes from another document, or from padding.
     assert work == Work(tokens=3 + 4 + 8, pairs=6 + 10 + 36, logits=2 + 3 + 8)
 

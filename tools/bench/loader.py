@@ -28,7 +28,7 @@ from megachat.data.packing import PackedRows, pack
 from megachat.data.shards import Shard, Shards, ShardWriter
 from megachat.model.size import Work
 from megachat.train.loop import parts
-from megachat.train.pretrain import Tokens, _collate
+from megachat.train.pretrain import Tokens, collate
 
 WEIGHTS = {"web": 0.6, "zh": 0.3, "code": 0.1}
 BATCH, MICRO_BATCH = 64, 8
@@ -138,7 +138,7 @@ def batch(rows: NDArray[np.int64]) -> Tokens:
 
 def collated(rows: Sequence[Window]) -> list[Tokens]:
     """What `Pretrain.batches` makes of a step's rows."""
-    return [_collate(some) for some in parts(rows, MICRO_BATCH)]
+    return [collate(some) for some in parts(rows, MICRO_BATCH)]
 
 
 def share_of_tokens(read: Read) -> float:

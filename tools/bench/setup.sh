@@ -16,6 +16,7 @@ declare -A packages=(
     [gigatoken]="gigatoken==0.10.0"
     [megatron-core]="torch==2.13.0 numpy==2.4.6 packaging==26.3"
     [transformers]="torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 numpy==2.4.6"
+    [trl]="torch==2.13.0 trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 numpy==2.4.6"
     [litgpt]="torch==2.13.0 litgpt==0.5.13 lightning==2.6.6 requests==2.34.2 numpy==2.4.6"
 )
 declare -A alone=( [text-dedup]="text-dedup==0.4.0" [megatron-core]="megatron-core==0.16.1" )   # without what they ask for
