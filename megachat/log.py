@@ -9,9 +9,10 @@ import os
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -132,7 +133,7 @@ PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0}
 
 
 class Recorder:
-    """A stage's figures: `metrics.jsonl` and `samples.jsonl` in its folder, and a W&B run.
+    """A stage's figures: `metrics.jsonl`, `samples.jsonl`, `answers.jsonl` in its folder, and a W&B run.
 
     Rank 0 writes, others do nothing. Rows are written by a thread: a slow disk, or W&B, costs a step no time.
     """
@@ -155,7 +156,7 @@ class Recorder:
         if not is_main():
             return
         self.written()
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "answers.jsonl"):
             path = self.stage.folder / name
             rewrite(path, (row for row in rows(path) if row["step"] <= step))
 
@@ -202,6 +203,11 @@ class Recorder:
             self._rows.popleft().result()
         self._rows.append(self._writer.submit(self._write, dict(row)))
 
+    def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Some of what was answered at a step, with what it was worth, as one table."""
+        if answers and is_main():
+            self._rows.append(self._writer.submit(self._write_answers, step, [*answers]))
+
     def written(self) -> None:
         """Waits until every row is where it belongs."""
         while self._rows:
@@ -211,6 +217,19 @@ class Recorder:
         append(self.stage.folder / "metrics.jsonl", row)
         shown = {UNITS.get(name, name): value for name, value in row.items() if value is not None}
         self._tell_wandb(lambda: self.wandb.log(shown, step=int(row["step"] or 0)))
+
+    def _write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        for answer in answers:
+            append(self.stage.folder / "answers.jsonl", {"step": step, **answer})
+        self._tell_wandb(lambda: self.wandb.log({"answers": self._table(answers)}, step=step))
+
+    @staticmethod
+    def _table(answers: Sequence[Mapping[str, Any]]) -> Any:
+        import wandb
+
+        columns: list[str | int] = [*dict.fromkeys(chain(*answers))]
+        rows = [[answer.get(str(name)) for name in columns] for answer in answers]
+        return wandb.Table(columns=columns, data=rows)
 
     def _tell_wandb(self, act: Callable[[], object]) -> None:
         """The figures are in `metrics.jsonl` anyway: a run does not end because W&B fails."""

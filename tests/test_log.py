@@ -1,6 +1,7 @@
 """What is recorded: rows that survive a kill, text with any character, and where W&B records."""
 
 import errno
+import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,6 +98,26 @@ def test_a_full_disk_and_a_failing_wandb_do_not_end_a_run(
     said = capsys.readouterr().err
     assert said.count("metrics.jsonl cannot be written") == 1
     assert said.count("W&B fails (OSError(28") == 1
+
+
+def test_answers_are_a_table_and_those_behind_the_step_of_a_run_that_goes_on_are_dropped(
+    stage: Stage, run: Path
+) -> None:
+    told: list[dict[str, Any]] = []
+    answers = [{"prompt": "6 * 7", "reward": 1.0}, {"prompt": "1 + 1", "tokens": 3}]
+    with Recorder(stage) as recorder:
+        recorder.wandb = SimpleNamespace(log=lambda row, step: told.append(row | {"step": step}))
+        recorder.answers(4, answers)
+        recorder.answers(8, answers)
+        recorder.answers(9, [])
+        recorder.written()
+        recorder.rewind(4)
+        recorder.wandb = None
+    lines = (run / "pretrain" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 4, **answer} for answer in answers]
+    assert [row["step"] for row in told] == [4, 8]
+    assert told[0]["answers"].columns == ["prompt", "reward", "tokens"]
+    assert told[0]["answers"].data == [["6 * 7", 1.0, None], ["1 + 1", None, 3]]
 
 
 @pytest.mark.parametrize(("said", "mode"), [("offline", "offline"), ("disabled", "disabled"), ("", "online")])

@@ -274,16 +274,14 @@ class GRPO(Rolling):
             number = self.number(run)
             begun = time.monotonic()
             scored, asked = self._sample(run, number)
-            sampled = time.monotonic()
+            run.watch.at("score")
             rollout = self._judge(scored, run)
             useful = self._useful(scored, rollout)
             advantages = self._advantages(scored, rollout, useful)
             run.progress.state["prompts"] = asked
             run.notes |= self.watched(rollout, rollout.figures() | self._figures(scored), run)
-            run.notes |= {
-                "rollout/seconds": time.monotonic() - begun,
-                "rollout/generation_seconds": sampled - begun,
-            }
+            run.notes |= {"rollout/seconds": time.monotonic() - begun}
+            self.shown(scored.whole, self._worth(scored), "rollout", run)
             steps = self._passes(number, rollout, advantages, useful, run)
             if first:
                 steps = self.checked(steps, rollout, run)
@@ -308,13 +306,9 @@ class GRPO(Rolling):
 
     def _answered(self, questions: Sequence[Question], place: tuple[int | str, ...], run: Running) -> Scored:
         """Every question `group` times."""
-        run.watch.at("rollout")
         repeated = [question for question in questions for _ in range(self.group)]
         seeds = [seed_of(self.seed, self.name, *place, row) for row in range(len(repeated))]
-        prompts = [question.tokens for question in repeated]
-        return self._scored(
-            repeated, answered(run, prompts, seeds, self.sampling, self.at_once), self.group, run
-        )
+        return self._scored(repeated, self.written(repeated, seeds, run), self.group, run)
 
     def _scored(
         self, questions: Sequence[Question], written: Sequence[Written], size: int, run: Running
@@ -323,6 +317,7 @@ class GRPO(Rolling):
         answers = [rendered(one.tokens, answer) for one, answer in zip(questions, written, strict=True)]
         said = [answer.tokens for answer in written]
         whole = in_words(questions, written, run.tokenizer)
+        run.watch.at("reward")
         told = by_programs(self.rewards, whole, run.mesh)
         rows = padded(answers, run.tokenizer.pad).to(run.mesh.device)
         every = []
@@ -391,8 +386,17 @@ class GRPO(Rolling):
             "answer/repetition": repetition(scored.said),
         }
         for name, scores in zip(self.rewards, scored.by_reward, strict=True):
-            figures |= {f"reward/{name}": scores.mean().item()}
+            figures |= {
+                f"reward/{name}": scores.mean().item(),
+                f"reward/{name}/deviation": scores.std(correction=0).item(),
+            }
         return figures
+
+    def _worth(self, scored: Scored) -> dict[str, Tensor]:
+        """The sum, and each reward."""
+        return {"reward": scored.total} | {
+            f"reward/{name}": scores for name, scores in zip(self.rewards, scored.by_reward, strict=True)
+        }
 
     def _passes(
         self,
@@ -466,10 +470,9 @@ class GRPO(Rolling):
         prompts = [question.tokens for question in questions]
         answers = answered(run, prompts, seeds, self.sampling, self.at_once)
         scored = self._scored(questions, answers, 1, run)
-        named = zip(self.rewards, scored.by_reward, strict=True)
-        return {"reward": scored.total.mean().item()} | {
-            f"reward/{name}": scores.mean().item() for name, scores in named
-        }
+        worth = self._worth(scored)
+        self.shown(scored.whole, worth, "held out", run)
+        return {name: scores.mean().item() for name, scores in worth.items()}
 
     def show(self, run: Running) -> str:
         """A prompt and how the policy answers it."""

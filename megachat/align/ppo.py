@@ -178,6 +178,7 @@ class PPO(Rolling):
                 "critic/explained_variance": explained_variance(rollout.values, returns, rollout.rows.mask),
                 "rollout/seconds": time.monotonic() - begun,
             }
+            self.shown(rollout.whole, {"reward": rollout.scores}, "rollout", run)
             if self.kl_target is not None:
                 cost = state.get("kl", self.kl)
                 state["kl"] = adapted(cost, figures["kl"], self.kl_target, self.rollout, self.kl_horizon)
@@ -211,14 +212,13 @@ class PPO(Rolling):
                 yield [*micro_batches(own, most, self.micro_batch, taken)]
 
     def _sample(self, run: Running, number: int) -> Rollout:
-        run.watch.at("rollout")
         places = range(number * self.rollout, (number + 1) * self.rollout)
         questions = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
-        asked = [one.tokens for one in questions]
         seeds = [seed_of(self.seed, number, row) for row in range(self.rollout)]
-        answers = answered(run, asked, seeds, self.sampling, self.at_once)
-        written = [rendered(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
-        rows = padded(written, run.tokenizer.pad).to(run.mesh.device)
+        answers = self.written(questions, seeds, run)
+        run.watch.at("score")
+        whole = [rendered(one.tokens, answer) for one, answer in zip(questions, answers, strict=True)]
+        rows = padded(whole, run.tokenizer.pad).to(run.mesh.device)
         policy, critic = run.engines["model"], run.engines["critic"]
         reference, reward = run.frozen["reference"], run.frozen["reward"]
 
@@ -293,15 +293,18 @@ class PPO(Rolling):
 
     def measure(self, run: Running) -> dict[str, float]:
         """The mean score of answers to held-out prompts."""
-        asked = [one.tokens for one in run.data.held_out[: self.validation_prompts]]
-        if not asked:
+        questions = run.data.held_out[: self.validation_prompts]
+        if not questions:
             return {}
-        seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(asked))]
-        answers = sample(run, asked, seeds, self.sampling, self.at_once)
-        rows = padded(answers, run.tokenizer.pad).to(run.mesh.device)
+        seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(questions))]
+        prompts = [one.tokens for one in questions]
+        answers = answered(run, prompts, seeds, self.sampling, self.at_once)
+        whole = [rendered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = padded(whole, run.tokenizer.pad).to(run.mesh.device)
         reward = run.frozen["reward"]
         with run.engines["model"].inference():
             scores = self.judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
+        self.shown(in_words(questions, answers, run.tokenizer), {"reward": scores}, "held out", run)
         return {"reward": scores.double().mean().item()}
 
     def show(self, run: Running) -> str:

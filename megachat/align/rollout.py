@@ -11,7 +11,8 @@ batch, what their advantages are whitened by, and what is logged does not depend
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, ClassVar
@@ -87,8 +88,10 @@ class Rolling(Adapting):
     """When a reward that rises is not to be believed."""
     validation_prompts: NonNegativeInt
     """Held-out prompts that are answered at each validation, at most."""
+    answers_shown: NonNegativeInt
+    """Answers of each rollout, and of each validation, that `answers.jsonl`, W&B and the report show."""
 
-    neutral: ClassVar[tuple[str, ...]] = (*Adapting.neutral, "alarms")
+    neutral: ClassVar[tuple[str, ...]] = (*Adapting.neutral, "alarms", "answers_shown")
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "Rolling":
@@ -124,6 +127,35 @@ class Rolling(Adapting):
         asked = Asked(self._rendered("train", run), self._rendered("held_out", run))
         check_truths(self.alarms.judge, (one.prompt for one in asked.train), "alarms.judge")
         return asked
+
+    def written(self, questions: Sequence[Question], seeds: Sequence[int], run: Running) -> list["Answer"]:
+        """The policy's answer to each question of a rollout; how long they took is noted."""
+        begun = time.monotonic()
+        prompts = [question.tokens for question in questions]
+        answers = answered(run, prompts, seeds, self.sampling, self.at_once)
+        seconds = run.notes.get("rollout/generation_seconds", 0.0) + time.monotonic() - begun
+        tokens = run.notes.get("rollout/tokens", 0.0) + sum(len(answer.tokens) for answer in answers)
+        run.notes |= {
+            "rollout/generation_seconds": seconds,
+            "rollout/tokens": tokens,
+            "rollout/tokens_per_second": tokens / seconds,
+        }
+        return answers
+
+    def shown(self, answers: Sequence[Judged], worth: Mapping[str, Tensor], of: str, run: Running) -> None:
+        """Has the first answers recorded, with what each was worth."""
+        for row, answer in enumerate(answers[: self.answers_shown]):
+            run.answers.append(
+                {
+                    "of": of,
+                    "prompt": answer.prompt.messages[-1].content,
+                    "answer": answer.text,
+                    "truth": answer.prompt.answer,
+                    "tokens": answer.tokens,
+                    "stopped": answer.stopped,
+                }
+                | {name: scores[row].item() for name, scores in worth.items()}
+            )
 
     def watched(self, rollout: "Rollout", figures: dict[str, float], run: Running) -> dict[str, float]:
         """The same figures of a rollout, and what a judge says; all ranks raise the alarm together."""
@@ -218,6 +250,7 @@ class Rollout:
             "reward/mean": self.scores.sum(),
             "reward/square": (self.scores**2).sum(),
             "kl": drift.sum(),
+            "kl/k2": (drift**2).sum() / 2,
             "kl/k3": torch.where(mask, torch.expm1(-drift) + drift, 0.0).sum(),
             "entropy": torch.where(mask, self.entropies, 0.0).sum(),
             "answer/stopped": self.stopped.sum(),
@@ -226,7 +259,15 @@ class Rollout:
         answers, tokens = means.pop("answers"), means.pop("tokens")
         means = {name: value / (tokens if name == "entropy" else answers) for name, value in means.items()}
         variance = means.pop("reward/square") - means["reward/mean"] ** 2
-        means |= {"reward/deviation": max(0.0, variance) ** 0.5, "answer/length": tokens / answers}
+        lengths = mask.sum(-1)
+        means |= {
+            "reward/deviation": max(0.0, variance) ** 0.5,
+            "reward/least": self.scores.min().item(),
+            "reward/most": self.scores.max().item(),
+            "answer/length": tokens / answers,
+            "answer/shortest": float(lengths.min()),
+            "answer/longest": float(lengths.max()),
+        }
         return means if self.sampled is None else means | disagreement(self.logps, self.sampled, mask)
 
 

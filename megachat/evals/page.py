@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megachat.evals.corpus import removals
 from megachat.evals.markup import (
     Html,
+    clipped,
     document,
     duration,
     element,
@@ -109,7 +110,7 @@ HEADLINES = 8
 
 def page(facts: Facts) -> str:
     """The report as one HTML file."""
-    sections = (headline, scores, durations, curves, samples, removals, tokens, settings)
+    sections = (headline, scores, durations, curves, samples, answers, removals, tokens, settings)
     return document(f"megachat: {facts['run']}", *[section(facts) for section in sections])
 
 
@@ -239,6 +240,24 @@ def samples(facts: Facts) -> Html | None:
         "The likeliest answer of each model to the same questions; the base model continues a text.",
         element("div", *cards, class_="grid wide"),
     )
+
+
+def answers(facts: Facts) -> Html | None:
+    """What the stages that sample answered last, and what each answer was worth."""
+    if not facts["answers"]:
+        return None
+    parts: list[Html] = []
+    for stage, rows in facts["answers"].items():
+        worth = [name for name in rows[0] if name.split("/")[0] == "reward"]
+        lines = [
+            [*(clipped(row[name], 300) for name in ("prompt", "answer", "truth")), f"{row['tokens']:,}"]
+            + [f"{row.get(name, 0.0):.3g}" for name in worth]
+            for row in rows
+        ]
+        parts.append(element("h3", element("code", stage), f", step {rows[0]['step']:,}"))
+        head = ["Prompt", "Answer", "Truth", "Tokens", *worth]
+        parts.append(table(head, lines, numeric=tuple(range(3, len(head)))))
+    return section("Answers", "Sampled while training; answers.jsonl of the stage holds more.", *parts)
 
 
 def tokens(facts: Facts) -> Html | None:

@@ -54,9 +54,12 @@ CURVES: dict[str, tuple[str, str | dict[str, str]]] = {
     "margin": ("Margin of the better answer", "difference of scores"),
     "entropy": ("Entropy of the policy", "nats per token"),
     "answer/length": ("Length of answers", "tokens"),
+    "answer/repetition": ("What answers say twice", "share of fours of tokens"),
     "group/flat": ("Groups without spread", "share"),
     "clip_fraction": ("Clipped ratios", "share of tokens"),
     "critic/loss": ("Critic", "squared error"),
+    "critic/explained_variance": ("What the critic foresees", "share of the variance of returns"),
+    "sampler/error": ("Sampler against loss", "factor between a token's probabilities"),
     "gradient_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Throughput", "tokens per second"),
 }  # fmt: skip
@@ -91,6 +94,7 @@ def gather(run: Path) -> Facts:
     training = {
         stage: told for stage in stages_in(run) if (told := metrics(run / stage / "metrics.jsonl", stage))
     }
+    answers = {stage: newest_answers(run / stage / "answers.jsonl") for stage in stages_in(run)}
     configs = {stage: text(run / stage / "config.yaml") for stage in stages_in(run)}
     return {
         "run": run.resolve().name,
@@ -99,6 +103,7 @@ def gather(run: Path) -> Facts:
         "stages": stages,
         "evaluation": read_json(run / "evaluate" / "scores.json"),
         "samples": read_json(run / "evaluate" / "samples.json"),
+        "answers": {stage: rows for stage, rows in answers.items() if rows},
         "training": training,
         "clean": read_json(run / "clean" / "report.json"),
         "tokenizer": read_json(run / "tokenizer" / "report.json"),
@@ -146,6 +151,21 @@ def metrics(path: Path, stage: str) -> Facts | None:
             unit = units.get(stage, "nats per token") if isinstance(units, dict) else units
             curves[name] = asdict(Plot(title, unit, lines))
     return {"last": last, "curves": curves}
+
+
+def newest_answers(path: Path, most: int = 4) -> list[Facts]:
+    """What a stage that samples answered last: to held-out prompts, or, where there are none, to others."""
+    found: dict[str, list[Facts]] = {}
+    for line in text(path).splitlines():
+        try:
+            row = json.loads(line)
+            newest = found.setdefault(row["of"], [])
+            if newest and newest[0]["step"] != row["step"]:
+                newest.clear()
+            newest.append(row)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return (found.get("held out") or found.get("rollout") or [])[:most]
 
 
 def is_number(value: Any) -> bool:

@@ -207,6 +207,8 @@ class Running:
     """What `Task.prepare` made."""
     notes: dict[str, float] = field(default_factory=dict)
     """Figures to add to the next logged row, such as the mean reward of a rollout."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """Rows to add to `answers.jsonl`: some of what a model has just answered, and what that was worth."""
     watch: Watch = field(default_factory=Watch)
     """Is told what the run is about to do."""
     skipped: Skipped = field(default_factory=Skipped)
@@ -537,6 +539,7 @@ class Trainer:
         if _validation_due(task, run) and not stopping:  # an earlier attempt was asked to stop before it
             stopping = not self.validate()
             if run.notes:
+                self.record_answers()
                 self.recorder.row({"step": run.progress.step, **run.notes})
                 run.notes.clear()
         if run.progress.step >= run.total:
@@ -599,6 +602,7 @@ class Trainer:
         run.progress.seconds = time.monotonic() - self.begun
         if last or run.notes or run.progress.step % task.log.interval == 0:
             run.notes |= saver.take_figures()
+            self.record_answers()
             row = self.meter.report(run.progress.seconds)
             self.recorder.row(row)
             self.bar.set_postfix_str(_short(row), refresh=False)
@@ -608,6 +612,11 @@ class Trainer:
             self.save()
             self.rollbacks = 0
         return stopping
+
+    def record_answers(self) -> None:
+        """Writes down what there is."""
+        self.recorder.answers(self.run.progress.step, self.run.answers)
+        self.run.answers.clear()
 
     def compare(self) -> None:
         """Ends the run when replicas of the weights differ."""
@@ -688,6 +697,7 @@ class Trainer:
         self.stuck, step = self.run.progress.updates, self.run.progress.step
         self.saver.step = self.saver.tried = self.compared = self.bar.n = step
         self.recorder.rewind(step)
+        self.run.answers.clear()
         self.meter.restart()
 
     def finish(self) -> None:

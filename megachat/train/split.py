@@ -26,7 +26,7 @@ import torch.distributed as dist
 PARTS = {
     "data": "data", "forward": "forward", "backward": "backward", "communication": "communication",
     "step": "optimizer", "save": "saving", "validation": "validation", "sample": "validation",
-    "rollout": "rollout", "log": "logging", "profile": "profile",
+    "rollout": "rollout", "reward": "rewards", "score": "scoring", "log": "logging", "profile": "profile",
 }  # fmt: skip
 """The part that a section belongs to; the others are `other`."""
 ALWAYS = ("data", "forward", "backward", "communication", "optimizer", "saving", "other")

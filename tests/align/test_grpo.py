@@ -320,6 +320,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(
     )
     assert len(first) == 12
     assert first == second
+    answers = [(folder / "grpo" / "answers.jsonl").read_text() for folder in (whole, run)]
+    assert answers[0] == answers[1]
     assert first[8]["kl"] != 0  # in the third rollout: the reference is where it was, the policy is not
     manifests = [
         json.loads((folder / "grpo" / "checkpoints" / "step-00000012" / "manifest.json").read_text())
@@ -327,6 +329,23 @@ def test_a_run_that_was_cut_off_goes_on_to_the_last_bit(
     ]
     prompts = [one["progress"]["state"]["prompts"] for one in manifests]
     assert prompts[0] == prompts[1] >= 24
+
+
+def test_what_was_answered_is_recorded_with_what_it_was_worth(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with letters_score(monkeypatch):
+        made(inputs, run, "rollouts=2", "answers_shown=3", "validation_prompts=2").execute()
+    answers = [json.loads(line) for line in (run / "grpo" / "answers.jsonl").read_text().splitlines()]
+    row = tiny.rows(run, "grpo")[-1]
+    rollouts = [one for one in answers if one["of"] == "rollout"]
+    assert [one["step"] for one in rollouts] == [1] * 3 + [5] * 3
+    assert len({one["prompt"] for one in rollouts[:3]}) == 1  # of one group
+    held_out = [one["reward"] for one in answers if one["of"] == "held out"]
+    assert sum(held_out) / 2 == pytest.approx(row["validation/reward"])
+    for one in answers:
+        assert one["truth"] == tiny.answer(one["prompt"])
+        assert one["reward"] == one["reward/exact"] * 1.0
 
 
 def learnt(half_right: Path, run: Path, seed: int, *overrides: str) -> list[float]:

@@ -85,8 +85,8 @@ def rollouts(inputs: Path, run: Path, *overrides: str) -> None:
     assert (
         len(set(theirs)) == state.mesh.data
     )  # the ranks that share a model by tensor train on the same answers
-    state.notes.pop("rollout/seconds")
-    assert len(set(state.mesh.gather(json.dumps(state.notes)))) == 1  # all have the figures of all
+    figures = {name: value for name, value in state.notes.items() if not name.startswith("rollout/")}
+    assert len(set(state.mesh.gather(json.dumps(figures)))) == 1  # all have the figures of all
     task.execute()
     assert (run / "ppo" / "done.json").is_file()
     assert [row["step"] for row in tiny.rows(run, "ppo")] == list(range(1, 9))

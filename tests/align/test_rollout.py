@@ -131,10 +131,15 @@ def test_the_figures_by_hand():
     expected = {
         "reward/mean": 2.0,
         "reward/deviation": 1.0,
+        "reward/least": 1.0,
+        "reward/most": 3.0,
         "kl": sum(drift) / 2,  # per answer
+        "kl/k2": sum(d * d / 2 for d in drift) / 2,
         "kl/k3": sum(tensor(-d).exp().item() - 1 + d for d in drift) / 2,
         "entropy": 1.0,  # per token
         "answer/stopped": 0.5,
         "answer/length": 1.5,
+        "answer/shortest": 1.0,
+        "answer/longest": 2.0,
     }
     assert rollout.figures() == pytest.approx(expected)

@@ -54,6 +54,12 @@ def full(run: Path) -> Path:
         {"role": "assistant", "text": f"It is {EVIL}", "truth": "True."},
     ]
     write_json(run / "evaluate" / "samples.json", [{"stage": "sft", "turns": turns}])
+    said = {"prompt": f"6 {EVIL}", "answer": "42", "truth": "6", "tokens": 3, "stopped": True}
+    answered = [
+        {"step": step, "of": of, **said, "reward": worth, "reward/exact": worth}
+        for step, of, worth in ((1, "held out", 0.0), (9, "held out", 0.125), (10, "rollout", 0.5))
+    ]
+    (run / "grpo" / "answers.jsonl").write_text("\n".join(map(json.dumps, answered)) + "\n{torn")
     return run
 
 
@@ -78,7 +84,14 @@ def test_the_page_shows_the_numbers_in_readable_form(full: Path):
 def test_no_text_of_documents_or_models_becomes_markup(full: Path):
     _, page = report(full)
     assert "<script" not in page
-    assert page.count(html.escape(EVIL)) == 4  # an example, a source, a question, an answer
+    assert page.count(html.escape(EVIL)) == 5  # an example, a source, a question, an answer, a prompt
+
+
+def test_what_was_answered_last_to_held_out_prompts_is_shown_with_its_worth(full: Path):
+    facts, page = report(full)
+    assert [(row["step"], row["reward"]) for row in facts["answers"]["grpo"]] == [(9, 0.125)]
+    assert '<th class="n">reward/exact</th>' in page
+    assert ">0.125</td>" in page
 
 
 def test_the_page_fetches_nothing(full: Path):
