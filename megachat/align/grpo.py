@@ -20,6 +20,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from megachat.align.advantages import whiten
+from megachat.align.answers import Answer as Written
+from megachat.align.answers import Question, in_words, rendered
 from megachat.align.policy import (
     Baseline,
     Clip,
@@ -40,18 +42,7 @@ from megachat.align.policy import (
 )
 from megachat.align.rewards import Answer, Model, Reward, by_programs, check_truths
 from megachat.align.rm import last_score
-from megachat.align.rollout import Answer as Written
-from megachat.align.rollout import (
-    Question,
-    Rolling,
-    Rollout,
-    answered,
-    as_rows,
-    in_words,
-    rendered,
-    repetition,
-    sample,
-)
+from megachat.align.rollout import Rolling, Rollout, as_rows, repetition
 from megachat.align.rows import Rendered, Rows, drawn, padded
 from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
 from megachat.config import Config
@@ -180,7 +171,7 @@ class Scored:
 
     answers: list[Rendered]
     said: list[list[int]]
-    """The tokens of each answer alone."""
+    """The policy's own tokens of each answer."""
     whole: list[Answer]
     """The same as rewards read them."""
     logps: list[list[float]]
@@ -315,7 +306,7 @@ class GRPO(Rolling):
     ) -> Scored:
         """The data ranks share the answers; of those that share a model one is believed."""
         answers = [rendered(one.tokens, answer) for one, answer in zip(questions, written, strict=True)]
-        said = [answer.tokens for answer in written]
+        said = [answer.own for answer in written]
         whole = in_words(questions, written, run.tokenizer)
         run.watch.at("reward")
         told = by_programs(self.rewards, whole, run.mesh)
@@ -349,7 +340,7 @@ class GRPO(Rolling):
         policy, reference = run.engines["model"], run.frozen["reference"]
         with policy.inference():
             both = self.judged(rows, lambda part: self.logps_and_entropies(policy, part), run)
-            stopped = [tokens[-1] == run.tokenizer.end for tokens in scored.said]
+            stopped = [answer.stopped for answer in scored.whole]
             return Rollout(
                 rows=rows,
                 stopped=torch.tensor(stopped).to(both.device),
@@ -467,16 +458,13 @@ class GRPO(Rolling):
         if not questions:
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(questions))]
-        prompts = [question.tokens for question in questions]
-        answers = answered(run, prompts, seeds, self.sampling, self.at_once)
-        scored = self._scored(questions, answers, 1, run)
+        scored = self._scored(questions, self.answers(questions, seeds, run), 1, run)
         worth = self._worth(scored)
         self.shown(scored.whole, worth, "held out", run)
         return {name: scores.mean().item() for name, scores in worth.items()}
 
     def show(self, run: Running) -> str:
         """A prompt and how the policy answers it."""
-        prompt = (run.data.held_out or run.data.train)[0].tokens
-        seed = seed_of(self.seed, "sample", run.progress.step)
-        ((tokens, _),) = sample(run, [prompt], [seed], self.sampling, 1)
-        return f"{run.tokenizer.decode(prompt)} {run.tokenizer.decode(tokens[len(prompt) :])}"
+        question = (run.data.held_out or run.data.train)[0]
+        (answer,) = self.answers([question], [seed_of(self.seed, "sample", run.progress.step)], run)
+        return f"{run.tokenizer.decode(question.tokens)} {run.tokenizer.decode(answer.tokens)}"

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from megachat.align.answers import Answer, Question, in_words, rendered
 from megachat.align.policy import (
     Clip,
     clipped_policy_loss,
@@ -26,17 +27,7 @@ from megachat.align.policy import (
     log_ratio,
 )
 from megachat.align.rm import last_score
-from megachat.align.rollout import (
-    Rolling,
-    Rollout,
-    answered,
-    as_rows,
-    estimated,
-    in_words,
-    rendered,
-    repetition,
-    sample,
-)
+from megachat.align.rollout import Rolling, Rollout, as_rows, estimated, repetition
 from megachat.align.rows import Rows, drawn, padded
 from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
 from megachat.align.text import Text, beside, opened, text_loss
@@ -217,8 +208,8 @@ class PPO(Rolling):
         seeds = [seed_of(self.seed, number, row) for row in range(self.rollout)]
         answers = self.written(questions, seeds, run)
         run.watch.at("score")
-        whole = [rendered(one.tokens, answer) for one, answer in zip(questions, answers, strict=True)]
-        rows = padded(whole, run.tokenizer.pad).to(run.mesh.device)
+        whole = in_words(questions, answers, run.tokenizer)
+        rows = self._rows(questions, answers, run)
         policy, critic = run.engines["model"], run.engines["critic"]
         reference, reward = run.frozen["reference"], run.frozen["reward"]
 
@@ -229,17 +220,19 @@ class PPO(Rolling):
             both = judged(lambda part: self.logps_and_entropies(policy, part))
             return Rollout(
                 rows=rows,
-                stopped=torch.tensor([one.tokens[-1] == run.tokenizer.end for one in answers]).to(
-                    both.device
-                ),
+                stopped=torch.tensor([answer.stopped for answer in whole]).to(both.device),
                 scores=judged(lambda part: last_score(reward(part.tokens), part.real)),
                 logps=both[:, 0],
                 reference=judged(lambda part: self.logps(reference, part)),
                 values=judged(lambda part: critic(part.tokens)),
                 entropies=both[:, 1],
                 sampled=as_rows((one.logps for one in answers), rows),
-                whole=in_words(questions, answers, run.tokenizer),
+                whole=whole,
             )
+
+    def _rows(self, questions: Sequence[Question], answers: Sequence[Answer], run: Running) -> Rows:
+        whole = [rendered(one.tokens, answer) for one, answer in zip(questions, answers, strict=True)]
+        return padded(whole, run.tokenizer.pad).to(run.mesh.device)
 
     def _rewards(
         self, rollout: Rollout, state: dict[str, Any] | None = None, model: Any = None
@@ -297,10 +290,8 @@ class PPO(Rolling):
         if not questions:
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(questions))]
-        prompts = [one.tokens for one in questions]
-        answers = answered(run, prompts, seeds, self.sampling, self.at_once)
-        whole = [rendered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        rows = padded(whole, run.tokenizer.pad).to(run.mesh.device)
+        answers = self.answers(questions, seeds, run)
+        rows = self._rows(questions, answers, run)
         reward = run.frozen["reward"]
         with run.engines["model"].inference():
             scores = self.judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
@@ -309,10 +300,9 @@ class PPO(Rolling):
 
     def show(self, run: Running) -> str:
         """A prompt and how the policy answers it."""
-        prompt = (run.data.held_out or run.data.train)[0].tokens
-        seed = seed_of(self.seed, "sample", run.progress.step)
-        ((tokens, _),) = sample(run, [prompt], [seed], self.sampling, 1)
-        return f"{run.tokenizer.decode(prompt)} {run.tokenizer.decode(tokens[len(prompt) :])}"
+        question = (run.data.held_out or run.data.train)[0]
+        (answer,) = self.answers([question], [seed_of(self.seed, "sample", run.progress.step)], run)
+        return f"{run.tokenizer.decode(question.tokens)} {run.tokenizer.decode(answer.tokens)}"
 
 
 def _taken(

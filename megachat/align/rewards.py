@@ -22,6 +22,7 @@ from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
+from megachat.align.environments import Call
 from megachat.align.sandbox import Limits, side_by_side
 from megachat.config import Config
 from megachat.data.conversations import Prompt
@@ -37,10 +38,13 @@ class Answer:
 
     prompt: Prompt
     text: str
+    """Its last message."""
     tokens: int
-    """How many it has, the stop token included."""
+    """How many of the policy's own it has, each message's stop token included."""
     stopped: bool
-    """Whether it ended by itself, not at the length limit."""
+    """Whether it ended by itself, not at the length limit, nor with a call that nobody has replied to."""
+    calls: tuple[Call, ...] = ()
+    """What was called before it, and what came back: earlier messages of the same answer."""
 
 
 class Reward(Config):

@@ -24,28 +24,22 @@ from torch import Tensor
 
 from megachat.align.advantages import gae, whiten
 from megachat.align.alarms import Alarms
+from megachat.align.answers import Answer, Question, Room, in_turns
+from megachat.align.environments import Environment
 from megachat.align.logprobs import entropy, token_logps
 from megachat.align.policy import truncated_weights
 from megachat.align.rewards import Answer as Judged
 from megachat.align.rewards import by_programs, check_truths
-from megachat.align.rows import Rendered, Rows, that_fit
+from megachat.align.rows import Rows, that_fit
 from megachat.align.start import Adapting
-from megachat.data.conversations import Prompt, Prompts, Split
+from megachat.data import formats
+from megachat.data.conversations import Message, Prompts, Split, messages_of
 from megachat.data.loader import Mixed, places
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
-from megachat.tokenizer.chat_format import render_prompt
-from megachat.tokenizer.tokenizer import Tokenizer
+from megachat.tokenizer.chat_format import render_prompt, role
 from megachat.train.loop import Batch, Running
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, and its tokens, which end where the answer begins."""
-
-    prompt: Prompt
-    tokens: list[int]
 
 
 @dataclass
@@ -68,6 +62,8 @@ class Rolling(Adapting):
     """The stage whose model is trained on, and whose frozen copy is the reference."""
     prompts: Prompts
     """What the policy answers."""
+    environment: Environment | None
+    """What it may call while it answers; null: an answer is one message."""
     rollouts: PositiveInt
     """How often answers are sampled anew."""
     rollout: PositiveInt
@@ -80,7 +76,7 @@ class Rolling(Adapting):
     temperature: PositiveFloat
     """What logits are divided by, when sampling and in the loss."""
     max_new_tokens: PositiveInt
-    """The longest answer, in tokens."""
+    """The longest answer, in tokens, with all that is said in between."""
     importance_cap: Annotated[float, Field(ge=1)] | None
     """A token's loss counts as much as it is likelier to the loss's forward pass than it was to the sampler,
     at most this much: for a sampler that rounds otherwise. null: every token counts 1."""
@@ -100,6 +96,11 @@ class Rolling(Adapting):
         if self.max_new_tokens >= self.context:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in context={self.context}"
+            )
+        if self.environment is not None and self.max_new_tokens < 8:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a call, what comes back, and an "
+                "answer; raise it, or set environment=none"
             )
         return self
 
@@ -124,17 +125,30 @@ class Rolling(Adapting):
 
     def asked(self, run: Running) -> Asked:
         """The prompts that fit, as tokens."""
+        if self.environment is not None:
+            role(Message("tool", ""), run.tokenizer)  # told before anything is sampled that there is none
         asked = Asked(self._rendered("train", run), self._rendered("held_out", run))
         check_truths(self.alarms.judge, (one.prompt for one in asked.train), "alarms.judge")
         return asked
 
-    def written(self, questions: Sequence[Question], seeds: Sequence[int], run: Running) -> list["Answer"]:
-        """The policy's answer to each question of a rollout; how long they took is noted."""
+    def answers(self, questions: Sequence[Question], seeds: Sequence[int], run: Running) -> list[Answer]:
+        """The policy's answer to each question, with what the environment says in between."""
+
+        def write(prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int) -> list[Answer]:
+            sampling = self.sampling.model_copy(update={"max_new_tokens": most})
+            return answered(run, prompts, seeds, sampling, self.at_once)
+
+        room = Room(self.max_new_tokens, self.context)
+        if self.environment is None:
+            return write([question.tokens for question in questions], seeds, room.answer)
+        return in_turns(self.environment, questions, seeds, room, write, run.tokenizer, run.mesh)
+
+    def written(self, questions: Sequence[Question], seeds: Sequence[int], run: Running) -> list[Answer]:
+        """The answers of a rollout; how long they took is noted, that of tools included."""
         begun = time.monotonic()
-        prompts = [question.tokens for question in questions]
-        answers = answered(run, prompts, seeds, self.sampling, self.at_once)
+        answers = self.answers(questions, seeds, run)
         seconds = run.notes.get("rollout/generation_seconds", 0.0) + time.monotonic() - begun
-        tokens = run.notes.get("rollout/tokens", 0.0) + sum(len(answer.tokens) for answer in answers)
+        tokens = run.notes.get("rollout/tokens", 0.0) + sum(len(answer.logps) for answer in answers)
         run.notes |= {
             "rollout/generation_seconds": seconds,
             "rollout/tokens": tokens,
@@ -154,11 +168,20 @@ class Rolling(Adapting):
                     "tokens": answer.tokens,
                     "stopped": answer.stopped,
                 }
+                | ({} if self.environment is None else {"calls": "\n".join(map(str, answer.calls))})
                 | {name: scores[row].item() for name, scores in worth.items()}
             )
 
     def watched(self, rollout: "Rollout", figures: dict[str, float], run: Running) -> dict[str, float]:
-        """The same figures of a rollout, and what a judge says; all ranks raise the alarm together."""
+        """The same figures of a rollout, those of calls, and what a judge says; all ranks raise the alarm
+        together.
+        """
+        if self.environment is not None:
+            calls = [call for answer in rollout.whole for call in answer.calls]
+            figures = figures | {
+                "environment/calls": len(calls) / len(rollout.whole),
+                "environment/errors": sum(call.wrong for call in calls) / max(1, len(calls)),
+            }
         judges = self.alarms.judge
         if judges:
             said = by_programs(judges, rollout.whole, run.mesh)
@@ -167,8 +190,14 @@ class Rolling(Adapting):
         return figures | self.alarms.watch(self.name, figures, run.progress.state)
 
     def _rendered(self, split: Split, run: Running) -> list[Question]:
+        tools = self.environment.tools() if self.environment is not None else []
+
+        def told(messages: Sequence[Message]) -> Sequence[Message]:
+            turns = [(message.role, message.content) for message in messages]
+            return messages_of(formats.told(turns, tools)) if tools else messages
+
         found = [
-            Question(prompt, render_prompt(prompt.messages, run.tokenizer))
+            Question(prompt, render_prompt(told(prompt.messages), run.tokenizer))
             for prompt in self.prompts.prompts(split)
         ]
         room = self.context - self.max_new_tokens
@@ -308,52 +337,6 @@ def joined(figures: Tensor, count: int, mesh: Mesh) -> Tensor:
     """What all ranks have worked out of the rows that are `shared`, in their order."""
     own = places(0, count, mesh.data_rank, mesh.data)
     return mesh.join(figures[: len(own)], own, count)
-
-
-def sample(
-    run: Running,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    sampling: Sampling,
-    at_once: int,
-) -> list[Rendered]:
-    """Each prompt with an answer of the policy's that follows from its seed, as tokens and mask.
-
-    All ranks call it with all prompts and get all answers. Raises Stopped when asked to stop meanwhile.
-    """
-    answers = answered(run, prompts, seeds, sampling, at_once)
-    return [rendered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-
-
-def rendered(prompt: Sequence[int], answer: "Answer") -> Rendered:
-    """A prompt with an answer, whose tokens are trained on."""
-    return [*prompt, *answer.tokens], [0] * len(prompt) + [1] * len(answer.tokens)
-
-
-def in_words(
-    questions: Sequence[Question], answers: Sequence["Answer"], tokenizer: Tokenizer
-) -> list[Judged]:
-    """The answers as rewards read them."""
-    end = tokenizer.end
-    return [
-        Judged(
-            one.prompt,
-            tokenizer.decode([token for token in answer.tokens if token != end]),
-            len(answer.tokens),
-            answer.tokens[-1] == end,
-        )
-        for one, answer in zip(questions, answers, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the policy said."""
-
-    tokens: list[int]
-    logps: list[float]
-    """The sampler's log-probability of each token. Where the loss is computed with newer weights or by other
-    kernels, the ratio to its own says by how much."""
 
 
 def answered(

@@ -38,6 +38,8 @@ class Outcome:
     """What it wrote, errors included."""
     ended: bool
     """Whether it came to its end, without an error and in time."""
+    late: bool = False
+    """Whether it was killed for its time."""
 
 
 class Limits(Config):
@@ -57,21 +59,25 @@ class Limits(Config):
         word = secrets.token_hex(16)
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as written:
             child = subprocess.Popen(
-                [*_apart(), sys.executable, "-I", "-S", "-c", RUNNER, *self._arguments()],
+                [*_apart(), sys.executable, "-s", "-P", "-S", "-c", RUNNER, *self._arguments()],
                 stdin=subprocess.PIPE,
                 stdout=written,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={"PYTHONIOENCODING": "utf-8"},
+                # The same program prints a set in the same order, whoever runs it.
+                env={"PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "0"},
                 start_new_session=True,
             )
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            late = False
+            try:
                 child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=self.seconds)
+            except subprocess.TimeoutExpired:
+                late = True
             _end(child)
             written.seek(0)
             output = written.read(LONGEST).decode("utf-8", "replace")
         before, found, _ = output.partition(word)
-        return Outcome(before, bool(found))
+        return Outcome(before, bool(found), late)
 
     def _arguments(self) -> list[str]:
         limits = {
@@ -95,7 +101,11 @@ def end(word=word, write=sys.stdout.write, flush=sys.stdout.flush):
     flush()
 sys.stdin = None
 del word
-exec(compile(program, "answer", "exec"), {"__name__": "__main__"})
+try:
+    exec(compile(program, "answer", "exec"), {"__name__": "__main__"})
+except BaseException:
+    sys.stdout.flush()  # what it has printed stands before its error
+    raise
 end()
 """
 """What limits itself, runs the program, and says that it has come to its end."""

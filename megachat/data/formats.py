@@ -291,6 +291,18 @@ def _with_system(record: Record, said: list[Turn]) -> list[Turn]:
     return [*((("system", told[0]),) if told else ()), *said]
 
 
+def told(said: Sequence[Turn], tools: Sequence[Record]) -> list[Turn]:
+    """The same turns where the system message also tells of tools, as it does of a record that has them.
+
+    One that tells of them already stays as it is.
+    """
+    record = {"tools": [*tools]}
+    block = _with_system(record, [("user", "")])[0][1]
+    if said[0][0] == "system" and said[0][1].endswith(block):
+        return [*said]
+    return _with_system(record, [*said])
+
+
 def _parsed(value: object) -> object:
     """What a text holds as JSON, or the value itself."""
     if not isinstance(value, str):

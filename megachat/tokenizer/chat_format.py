@@ -41,6 +41,14 @@ def render_answer(answer: str, tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode(answer), tokenizer.end]
 
 
+def render_reply(text: str, room: int, tokenizer: Tokenizer) -> list[int]:
+    """What a tool says to a call that the assistant has ended, and the `<|assistant|>` that asks to go on: at
+    most `room` tokens, three at least. The end of a longer text is lost.
+    """
+    said = tokenizer.encode(text)[: room - 3]
+    return [role(Message("tool", text), tokenizer), *said, tokenizer.end, tokenizer.assistant]
+
+
 def role(message: Message, tokenizer: Tokenizer) -> int:
     """The control token that opens a message."""
     roles = {

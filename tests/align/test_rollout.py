@@ -1,5 +1,6 @@
 """Sampled answers: their probabilities are the sampler's, the seed decides them, and the figures add up."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,16 +8,25 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from megachat.align.answers import rendered
 from megachat.align.logprobs import token_logps
 from megachat.align.ppo import PPO
-from megachat.align.rollout import Rollout, answered, estimated, in_parts, sample
-from megachat.align.rows import Rows, padded
+from megachat.align.rollout import Rollout, answered, estimated, in_parts
+from megachat.align.rows import Rendered, Rows, padded
 from megachat.model.cross_entropy import IGNORE
 from megachat.model.generate import Sampling
-from megachat.train.loop import Stopped
+from megachat.train.loop import Running, Stopped
 from tests.align import tiny
 
 FREE = Sampling(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=8)
+
+
+def sample(
+    run: Running, prompts: Sequence[list[int]], seeds: Sequence[int], sampling: Sampling, at_once: int
+) -> list[Rendered]:
+    """Each prompt with its answer."""
+    answers = answered(run, prompts, seeds, sampling, at_once)
+    return [rendered(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -70,12 +80,12 @@ def test_answers_come_with_the_samplers_log_probabilities(inputs: Path, run: Pat
     state = tiny.running(tiny.stage("sft", inputs, run))
     prompts = [[state.tokenizer.bos, *range(260, 260 + count)] for count in (1, 4, 2, 7, 3)]
     answers = answered(state, prompts, range(5), FREE, at_once=2)
-    rendered = [
+    both = [
         ([*prompt, *one.tokens], [0] * len(prompt) + [1] * len(one.tokens))
         for prompt, one in zip(prompts, answers, strict=True)
     ]
-    assert sample(state, prompts, range(5), FREE, at_once=3) == rendered
-    rows = padded(rendered, pad=0)
+    assert sample(state, prompts, range(5), FREE, at_once=3) == both
+    rows = padded(both, pad=0)
     logps = token_logps(state.engines["model"](rows.tokens, where=rows.mask), rows.labels, FREE.temperature)
     written = tensor([logp for one in answers for logp in one.logps])
     assert_close(written, logps[rows.mask].detach(), rtol=0, atol=1e-4)

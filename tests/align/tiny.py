@@ -5,7 +5,9 @@ letter.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,11 +57,11 @@ def make(run: Path) -> Path:
     """The folder, with data of every kind in it."""
     questions = [f"{a}{b}?" for a in LETTERS for b in LETTERS]
     run.mkdir(parents=True)
-    _write(
+    write(
         run / "conversations.jsonl",
         [{"messages": [*_said(q), _message("assistant", answer(q))]} for q in questions],
     )
-    _write(
+    write(
         run / "preferences.jsonl",
         [
             {"prompt": q, "chosen": answer(q), "rejected": spoilt}
@@ -67,7 +69,7 @@ def make(run: Path) -> Path:
             for spoilt in (wrong(q), q[:2])
         ],
     )
-    _write(run / "prompts.jsonl", [{"prompt": q, "answer": answer(q)} for q in questions])
+    write(run / "prompts.jsonl", [{"prompt": q, "answer": answer(q)} for q in questions])
     texts = [f"{q} {answer(q)} {' '.join(answer(q))}" for q in questions]
     tokenizer = train(texts, vocab=280, character_coverage=1.0, threads=1)
     (run / "tokenizer").mkdir()
@@ -145,5 +147,6 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _write(path: Path, records: list[dict[str, object]]) -> None:
+def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -206,9 +206,30 @@ MUTATIONS = (
         "tokenizer/test_chat_format.py", learns=True,
     ),
     Mutation(
-        "the stop token is no action", ALIGN + "rollout.py",
-        "[1] * len(answer.tokens)\n", "[1] * (len(answer.tokens) - 1) + [0]\n",
+        "the stop token is no action", ALIGN + "answers.py",
+        "mask = [1] * len(self.tokens)\n", "mask = [1] * (len(self.tokens) - 1) + [0]\n",
         "align/test_rollout.py align/test_ppo.py",
+    ),
+    Mutation(
+        "what a tool says is trained on", ALIGN + "answers.py",
+        "mask[part.start : part.stop] = [0] * len(part)", "mask[part.start : part.stop] = [1] * len(part)",
+        "align/test_environments.py",
+    ),
+    Mutation(
+        "the role after a tool is trained on", ALIGN + "answers.py",
+        "mask[part.start : part.stop] = [0] * len(part)",
+        "mask[part.start : part.stop - 1] = [0] * (len(part) - 1)",
+        "align/test_environments.py", learns=True,
+    ),
+    Mutation(
+        "a call is the answer that is judged", ALIGN + "answers.py",
+        "return self.tokens[self.told[-1].stop :] if self.told else self.tokens", "return self.tokens",
+        "align/test_environments.py",
+    ),
+    Mutation(
+        "every turn draws as the first", ALIGN + "answers.py",
+        'seed_of(seeds[row], "turn", turn) if turn else seeds[row]', "seeds[row]",
+        "align/test_environments.py", learns=True,
     ),
     Mutation(
         "groups are interleaved", ALIGN + "grpo.py",
