@@ -40,7 +40,7 @@ from megachat.align.policy import (
     to_go,
     total_of,
 )
-from megachat.align.rewards import Answer, Model, Reward, by_programs, check_truths
+from megachat.align.rewards import Answer, Model, Reward, by_programs, check_truths, correct, passes
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rolling, Rollout, as_rows, repetition
 from megachat.align.rows import Rendered, Rows, drawn, padded
@@ -220,6 +220,11 @@ class GRPO(Rolling):
     """What an answer is worth: the weighted sum of these."""
     variant: Variant
     """Which of the family."""
+    validation_samples: PositiveInt
+    """Answers to each held-out prompt at a validation. From two on pass@k is told: how often one of k is
+    right to all rewards that compare with the true answer."""
+
+    neutral: ClassVar[tuple[str, ...]] = (*Rolling.neutral, "validation_samples")
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GRPO":
@@ -453,15 +458,21 @@ class GRPO(Rolling):
         )
 
     def measure(self, run: Running) -> dict[str, float]:
-        """The mean reward of answers to held-out prompts, one to each."""
-        questions = run.data.held_out[: self.validation_prompts]
+        """The mean reward of answers to held-out prompts, and how often one of k is right."""
+        samples = self.validation_samples
+        asked = run.data.held_out[: self.validation_prompts]
+        questions = [question for question in asked for _ in range(samples)]
         if not questions:
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(questions))]
-        scored = self._scored(questions, self.answers(questions, seeds, run), 1, run)
+        scored = self._scored(questions, self.answers(questions, seeds, run), samples, run)
         worth = self._worth(scored)
-        self.shown(scored.whole, worth, "held out", run)
-        return {name: scores.mean().item() for name, scores in worth.items()}
+        one_each = {name: scores[::samples] for name, scores in worth.items()}
+        self.shown(scored.whole[::samples], one_each, "held out", run)
+        figures = {name: scores.mean().item() for name, scores in worth.items()}
+        if samples > 1 and any(reward.needs_truth for reward in self.rewards.values()):
+            figures |= passes(correct(self.rewards, scored.by_reward).view(-1, samples))
+        return figures
 
     def show(self, run: Running) -> str:
         """A prompt and how the policy answers it."""

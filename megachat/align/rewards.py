@@ -6,6 +6,7 @@ is asked whether a group of answers has any spread (a length would always have s
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -18,7 +19,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor
 
@@ -262,6 +263,29 @@ def by_programs(
     return {
         name: torch.tensor([*chain(*(one[name] for one in told))], dtype=torch.float64) for name in told[0]
     }
+
+
+def correct(
+    rewards: Mapping[str, Reward], by_reward: Float[Tensor, "rewards batch"]
+) -> Bool[Tensor, " batch"]:
+    """Which answers are right: all rewards that compare with the true answer give them 1."""
+    compare = torch.tensor([reward.needs_truth for reward in rewards.values()])
+    return (by_reward[compare] >= 1).all(0)
+
+
+def pass_at(k: int, samples: int, right: int) -> float:
+    """The chance that one of k answers is right, where so many of `samples` are: unbiased (Chen et al., 2021,
+    https://arxiv.org/abs/2107.03374). Example: of 4 answers 1 is right -> pass@1 1/4, pass@2 1 - 3/6 = 1/2.
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def passes(right: Bool[Tensor, "prompts samples"]) -> dict[str, float]:
+    """The mean over prompts at 1, 2, 4, ... answers, and at all there are."""
+    samples = right.shape[1]
+    counts = right.sum(1).tolist()
+    at = sorted({*(1 << power for power in range(samples.bit_length())), samples})
+    return {f"pass@{k}": sum(pass_at(k, samples, one) for one in counts) / len(counts) for k in at}
 
 
 def check_truths(rewards: Mapping[str, Reward], prompts: Iterable[Prompt], block: str) -> None:

@@ -348,6 +348,28 @@ def test_what_was_answered_is_recorded_with_what_it_was_worth(
         assert one["reward"] == one["reward/exact"] * 1.0
 
 
+def test_a_validation_tells_how_often_one_of_k_answers_is_right(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def scores(self: Exact, answers: Sequence[Answer]) -> list[float]:
+        assert [one.prompt for one in answers[:4]] == [answers[0].prompt] * 4
+        # Of four answers to the first prompt one is right, of the second all, of the third none.
+        return [float(row == 2 or 4 <= row < 8) for row in range(len(answers))]
+
+    monkeypatch.setattr(Exact, "scores", scores)
+    task = made(inputs, run, "validation_samples=4", "validation_prompts=3", "prompts.held_out=0.3")
+    state = tiny.running(task)
+    figures = task.measure(state)
+    assert figures == pytest.approx(
+        {
+            "reward": 5 / 12, "reward/exact": 5 / 12, "pass@1": (1 / 4 + 1) / 3,
+            "pass@2": (1 / 2 + 1) / 3, "pass@4": (1 + 1) / 3,
+        }
+    )  # fmt: skip
+    assert [one["reward"] for one in state.answers] == [0.0, 1.0, 0.0]  # the first to each
+    assert len({one["prompt"] for one in state.answers}) == 3
+
+
 def learnt(half_right: Path, run: Path, seed: int, *overrides: str) -> list[float]:
     """The mean reward of every rollout."""
     settings = ["batch=128", "micro_batch=128", "rollout=128", "at_once=128", "max_new_tokens=6", "group=8"]

@@ -5,11 +5,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import combinations
 from typing import Any
 
 import pytest
+from torch import tensor
 
-from megachat.align.rewards import Answer, Exact, Judge, Length, Matches, UnitTests, code_of, number_of
+from megachat.align.rewards import (
+    Answer,
+    Exact,
+    Judge,
+    Length,
+    Matches,
+    UnitTests,
+    code_of,
+    correct,
+    number_of,
+    pass_at,
+    passes,
+)
 from megachat.align.sandbox import Limits
 from megachat.config import ConfigError, compose, decode
 from megachat.data.conversations import Prompt, ask
@@ -184,3 +198,26 @@ def test_words_instead_of_a_score_are_shown():
         pytest.raises(ValueError, match=r"there is no '\[A-Z\]\{9\}' in 'Fine. Score: 2'"),
     ):
         judge(url, key=None, tries=1, pattern="[A-Z]{9}").scores([answer("ab")])
+
+
+@pytest.mark.parametrize("right", [0, 1, 3, 6])
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers(right: int):
+    answers = [place < right for place in range(6)]
+    for k in range(1, 7):
+        chosen = [any(some) for some in combinations(answers, k)]
+        assert pass_at(k, samples=6, right=right) == pytest.approx(sum(chosen) / len(chosen))
+
+
+def test_pass_at_k_is_told_at_powers_of_two_and_at_all():
+    right = tensor([[True, False, False], [False, False, False]])
+    assert passes(right) == pytest.approx({"pass@1": 1 / 6, "pass@2": 1 / 3, "pass@3": 1 / 2})
+
+
+def test_an_answer_is_right_to_those_rewards_that_know_the_truth():
+    rewards = {
+        "exact": Exact(weight=1.0, after="", strict=False),
+        "length": Length(weight=1.0, shortest=1, longest=2),
+        "again": Exact(weight=-1.0, after="", strict=True),
+    }
+    by_reward = tensor([[1.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [1.0, 0.0, 1.0]])
+    assert correct(rewards, by_reward).tolist() == [True, False, False]

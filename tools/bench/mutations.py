@@ -253,6 +253,11 @@ MUTATIONS = (
         "align/test_rewards.py", learns=True,
     ),
     Mutation(
+        "pass@k as if answers were drawn twice", ALIGN + "rewards.py",
+        "1 - math.comb(samples - right, k) / math.comb(samples, k)", "1 - (1 - right / samples) ** k",
+        "align/test_rewards.py", learns=True,
+    ),
+    Mutation(
         "micro-batches are divided by their own tokens", "megachat/train/loop.py",
         "counts * loss / weight,", "counts * loss / max(batch.weight, 1.0),",
         "train/test_loop.py align/test_sft.py", learns=True,
