@@ -1,7 +1,8 @@
 """What every test finds: a CPU, one thread, no account, no network, and a run folder of its own.
 
 The environment is set on import, before anything imports torch or DeepSpeed.
-A test marked `gpu` is skipped without a GPU; with MEGACHAT_REQUIRE_GPU=1 it fails instead.
+A test marked `gpu` is skipped without a GPU; with MEGACHAT_REQUIRE_GPU=1 it fails instead. One marked `vllm`
+is skipped where vLLM has no environment.
 A test that is not marked sees no GPU even where there is one: its numbers are the CPU's.
 DeepSpeed is set to the CPU for good in this process: a GPU test that trains is `@on_ranks(1, device="cuda")`.
 """
@@ -27,8 +28,13 @@ for name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"
     os.environ.pop(name, None)
 
 
+VLLM = Path(__file__).parents[1] / ".venv-bench" / "vllm" / "bin" / "python"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what needs more GPUs than there are."""
+    """Skips what needs more GPUs than there are, or vLLM."""
+    if item.get_closest_marker("vllm") and not VLLM.is_file():
+        pytest.skip("needs vLLM in an environment of its own: bash tools/bench/setup.sh vllm")
     needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
     if not needed:
         return

@@ -2,6 +2,7 @@
 # Sets up what is missing, then lint, types, tests; the total comes last.
 #   bash tools/test.sh                     what runs anywhere
 #   bash tools/test.sh --all               also what needs Slurm, a browser, or injected faults
+#   bash tools/test.sh --vllm              only what needs vLLM, in an environment of its own that it makes
 #   bash tools/test.sh tests/align -k dpo  other arguments go to pytest
 # A part that fails does not hide the next one; the exit status says whether everything passed.
 set -euo pipefail
@@ -14,6 +15,9 @@ arguments=()
 for argument in "$@"; do
     if [[ $argument == --all ]]; then
         marks=(-m "not vllm") arguments+=(-rs)  # and say what this machine could not run, and why
+    elif [[ $argument == --vllm ]]; then
+        bash tools/bench/setup.sh vllm
+        marks=(-m vllm) arguments+=(-rs)
     else
         arguments+=("$argument")
     fi

@@ -32,6 +32,7 @@ from megachat.align.rewards import Answer as Judged
 from megachat.align.rewards import by_programs, check_truths
 from megachat.align.rows import Rows, that_fit
 from megachat.align.start import Adapting
+from megachat.align.vllm import VLLM, Server
 from megachat.data import formats
 from megachat.data.conversations import Message, Prompts, Split, messages_of
 from megachat.data.loader import Mixed, places
@@ -49,6 +50,8 @@ class Asked:
     train: list[Question]
     held_out: list[Question]
     """Only to measure."""
+    server: Server | None = None
+    """vLLM's, where it writes the answers."""
     text: Mixed | None = None
     """Rows to train on beside the answers."""
 
@@ -64,6 +67,8 @@ class Rolling(Adapting):
     """What the policy answers."""
     environment: Environment | None
     """What it may call while it answers; null: an answer is one message."""
+    engine: VLLM | None
+    """What writes the answers; null: the module that trains."""
     rollouts: PositiveInt
     """How often answers are sampled anew."""
     rollout: PositiveInt
@@ -72,7 +77,7 @@ class Rolling(Adapting):
     epochs: PositiveInt
     """Passes over the answers of a rollout."""
     at_once: PositiveInt
-    """Answers that one rank writes side by side."""
+    """Answers that one rank writes side by side; vLLM sees for itself."""
     temperature: PositiveFloat
     """What logits are divided by, when sampling and in the loss."""
     max_new_tokens: PositiveInt
@@ -87,7 +92,7 @@ class Rolling(Adapting):
     answers_shown: NonNegativeInt
     """Answers of each rollout, and of each validation, that `answers.jsonl`, W&B and the report show."""
 
-    neutral: ClassVar[tuple[str, ...]] = (*Adapting.neutral, "alarms", "answers_shown")
+    neutral: ClassVar[tuple[str, ...]] = (*Adapting.neutral, "alarms", "answers_shown", "engine")
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "Rolling":
@@ -128,6 +133,8 @@ class Rolling(Adapting):
         if self.environment is not None:
             role(Message("tool", ""), run.tokenizer)  # told before anything is sampled that there is none
         asked = Asked(self._rendered("train", run), self._rendered("held_out", run))
+        if self.engine is not None:
+            asked.server = Server(self.engine, self.folder / "vllm.log")
         check_truths(self.alarms.judge, (one.prompt for one in asked.train), "alarms.judge")
         return asked
 
@@ -136,6 +143,8 @@ class Rolling(Adapting):
 
         def write(prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int) -> list[Answer]:
             sampling = self.sampling.model_copy(update={"max_new_tokens": most})
+            if self.engine is not None:
+                return self.engine.written(run, run.data.server, prompts, seeds, sampling, self.lora)
             return answered(run, prompts, seeds, sampling, self.at_once)
 
         room = Room(self.max_new_tokens, self.context)
@@ -182,6 +191,8 @@ class Rolling(Adapting):
                 "environment/calls": len(calls) / len(rollout.whole),
                 "environment/errors": sum(call.wrong for call in calls) / max(1, len(calls)),
             }
+        if self.engine is not None:
+            self.engine.check(figures["sampler/error"])
         judges = self.alarms.judge
         if judges:
             said = by_programs(judges, rollout.whole, run.mesh)

@@ -9,6 +9,7 @@ sum, a plain model. Nothing else has to know.
 """
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, TypeVar
 
 from jaxtyping import Float
@@ -113,6 +114,24 @@ def merged(read: Read, lora: LoRA) -> Read:
         return read(base, *index) + lora.scale * (read(expand) @ read(shrink))[index]
 
     return plain
+
+
+def summed(weights: Iterable[tuple[str, Tensor]], lora: LoRA) -> Iterator[tuple[str, Tensor]]:
+    """Plain weights, one after the other, of those of an adapted model in its own order."""
+    base: Tensor | None = None
+    shrink: Tensor | None = None
+    for name, weight in weights:
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        if part == "base":
+            base = weight
+        elif part == "shrink":
+            shrink = weight
+        elif part == "expand":
+            assert base is not None
+            assert shrink is not None
+            yield f"{layer}.weight", base + lora.scale * (weight @ shrink)
+        else:
+            yield name, weight
 
 
 def _small(name: str) -> bool:

@@ -532,10 +532,17 @@ class Engine:
         All ranks must iterate together. Host memory holds one tensor at a time.
         """
         self._create_state()
+        return self._full(self._kinds)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every full parameter in fp32, as `logical`."""
+        return self._full(lambda _: ("weight",))
+
+    def _full(self, kinds: Callable[[str], Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named():
             full = self.shapes[name]
             axis = split_axis(full, self._local_shape(parameter))
-            for kind in self._kinds(name):
+            for kind in kinds(name):
                 part = self._read(parameter, None if kind == "weight" else kind)
                 joined = whole(part, axis, full[axis or 0], self._parts.group, self._parts.ranks)
                 yield f"{kind}.{name}", joined

@@ -1,0 +1,155 @@
+"""vLLM writes the answers: what it is asked, what it gives, and that it is the policy which it gives."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megachat.align.grpo import GRPO
+from megachat.align.ppo import PPO
+from megachat.config import ConfigError, decode
+from megachat.model.blueprint import Blueprint
+from megachat.model.lora import LoRA, adapted, merged, summed
+from megachat.train.loop import Running, train_step
+from tests.align import tiny
+from tests.spawn import on_ranks
+from tests.tiny_model import shape
+
+ENVIRONMENT = Path(__file__).parents[2] / ".venv-bench" / "vllm" / "bin" / "python"
+VLLM = ["engine=vllm", f"engine.python={ENVIRONMENT}", "engine.eager=true", "engine.cpu_gib=1"]
+SHAPE = shape(dim=64, layers=2, heads=2, kv_heads=1, hidden=128, context=32)
+"""vLLM's attention on a CPU knows heads of 32 numbers and more."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "SHAPE", SHAPE)
+        yield tiny.make(tmp_path_factory.mktemp("inputs") / "run")
+
+
+SHORT = ["group=4", "rewards=[length]", "rewards.length.shortest=1", "rewards.length.longest=2"]
+"""What any answer can be better or worse at."""
+
+
+def made(inputs: Path, run: Path, *overrides: str) -> GRPO:
+    task = tiny.stage("grpo", inputs, run, *tiny.ROLLOUTS, *SHORT, *overrides)
+    assert isinstance(task, GRPO)
+    return task
+
+
+def test_an_interpreter_that_is_not_there_is_named_with_the_remedy(inputs: Path, run: Path):
+    task = made(inputs, run, "engine=vllm", "engine.python=nowhere/bin/python")
+    with pytest.raises(
+        ValueError, match=r"engine\.python=nowhere/bin/python does not exist; .*setup\.sh vllm"
+    ):
+        task.execute()
+
+
+def test_an_environment_without_vllm_is_told(inputs: Path, run: Path):
+    task = made(inputs, run, "engine=vllm", f"engine.python={sys.executable}")
+    with pytest.raises(
+        ValueError, match=r"vLLM: ModuleNotFoundError: No module named .vllm.; see .*vllm\.log"
+    ):
+        task.execute()
+
+
+def test_a_server_that_dies_is_told_with_its_last_words(inputs: Path, run: Path, tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nread line\necho no memory left >&2\nexit 3\n")
+    python.chmod(0o755)
+    task = made(inputs, run, "engine=vllm", f"engine.python={python}")
+    with pytest.raises(ValueError, match=r"(?s)vLLM has ended with status 3; .*no memory left"):
+        task.execute()
+
+
+def test_probabilities_of_other_weights_end_the_run(inputs: Path, run: Path):
+    engine = made(inputs, run, "engine=vllm").engine
+    assert engine is not None
+    engine.check(1.01)
+    for error in (1.06, float("nan")):
+        with pytest.raises(ValueError, match=r"engine\.most_error=1\.05: .*factor of (1\.06|nan)"):
+            engine.check(error)
+    with pytest.raises(ConfigError, match=r"most_error"):
+        made(inputs, run, "engine=vllm", "engine.most_error=1")
+
+
+def test_an_adapted_models_weights_one_by_one_are_those_of_the_merged_model():
+    torch.manual_seed(0)
+    model = decode(SHAPE).build(280)
+    weights = {f"weight.{name}": value.detach().clone() for name, value in model.named_parameters()}
+    lora = LoRA(rank=2, alpha=6.0, dropout=0.0, modules=["attn.q", "mlp.down"])
+    start = adapted(Blueprint(model, lambda name, *index: weights[name][index]), lora)
+    own = {f"weight.{name}": torch.randn(value.shape) for name, value in start.model.named_parameters()}
+    plain = dict(summed(own.items(), lora))
+    assert plain.keys() == weights.keys()
+    expected = merged(lambda name, *index: own[name][index], lora)
+    for name in weights:
+        assert torch.equal(plain[name], expected(name)), name
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("lora", [[], ["lora=default"]])
+def test_its_probabilities_are_the_trainers_before_and_after_an_update(
+    inputs: Path, run: Path, lora: list[str]
+):
+    task = made(inputs, run, *VLLM, *lora, "temperature=0.7")
+    state = tiny.running(task)
+    batches: Any = task.batches(state)
+    errors = []
+    for _ in range(3 * task.steps):
+        batch = next(batches)
+        errors.append(state.notes["sampler/error"])
+        train_step(task, state, batch, rate=1e-2)
+        state.progress.step += 1
+    assert max(errors) < 1 + 1e-5
+    assert state.notes["kl"] > 0.1  # the policy has moved from where it was
+    # Weights that vLLM has not heard of: as far from the policy as it has moved in a rollout.
+    state.data.server.holds = state.progress.step
+    with pytest.raises(ValueError, match=r"engine\.most_error=1\.05"):
+        next(batches)
+    state.data.server.close()
+
+
+@pytest.mark.vllm
+def test_an_answer_follows_from_its_seed(inputs: Path, run: Path):
+    task = made(inputs, run, *VLLM)
+    state = tiny.running(task)
+    questions = state.data.train[:6]
+    first, again = (task.answers(questions, range(6), state) for _ in range(2))
+    other = task.answers(questions, range(6, 12), state)
+    state.data.server.close()
+    assert [one.tokens for one in first] == [one.tokens for one in again]
+    assert [one.tokens for one in first] != [one.tokens for one in other]
+    assert all(len(one.tokens) == len(one.logps) <= task.max_new_tokens for one in first)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_stage_runs_to_its_end(name: str, inputs: Path, run: Path):
+    groups = SHORT if name == "grpo" else ["critic_first=0"]
+    task = tiny.stage(name, inputs, run, *tiny.ROLLOUTS, *groups, *VLLM, "rollouts=2", "validation_prompts=2")
+    assert isinstance(task, GRPO | PPO)
+    task.execute()
+    rows = tiny.rows(run, name)
+    assert len(rows) == 2 * task.steps
+    assert all(row["sampler/error"] < 1 + 1e-5 for row in rows if "sampler/error" in row)
+
+
+@pytest.mark.vllm
+@on_ranks(2)
+def test_two_ranks_have_one_server_and_the_same_answers(inputs: Path, run: Path) -> None:
+    task = made(inputs, run, *VLLM, "parallel=zero3")
+    state: Running = tiny.running(task)
+    (answer, *_) = task.answers(state.data.train[:4], range(4), state)
+    assert len(set(state.mesh.gather(str(answer.tokens)))) == 1
+    batches: Any = task.batches(state)
+    for _ in range(2 * task.steps + 1):
+        train_step(task, state, next(batches), rate=1e-2)
+        state.progress.step += 1
+    assert state.notes["sampler/error"] < 1 + 1e-5
+    assert state.notes["kl"] > 0.01
+    state.data.server.close()
