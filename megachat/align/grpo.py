@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -278,6 +279,7 @@ class GRPO(Rolling):
             run.notes |= self.watched(rollout, rollout.figures() | self._figures(scored), run)
             run.notes |= {"rollout/seconds": time.monotonic() - begun}
             self.shown(scored.whole, self._worth(scored), "rollout", run)
+            self.ahead(partial(self._asks, asked, self.rollout // self.group, (number + 1, 0), run), run)
             steps = self._passes(number, rollout, advantages, useful, run)
             if first:
                 steps = self.checked(steps, rollout, run)
@@ -291,20 +293,24 @@ class GRPO(Rolling):
         flat: list[Scored] = []
         for refill in range(self.variant.refills + 1):
             missing = wanted - len(kept)
-            order = drawn(len(run.data.train), self.seed, range(asked, asked + missing))
+            questions, seeds = self._asks(asked, missing, (number, refill), run)
             asked += missing
-            found = self._answered([run.data.train[i] for i in order], (number, refill), run)
+            found = self._scored(questions, self.written(questions, seeds, run), self.group, run)
             for one in (found.group(i, self.group) for i in range(missing)):
                 (kept if one.mixed[0] or not self.variant.refills else flat).append(one)
             if len(kept) == wanted:
                 break
         return Scored.all([*kept, *flat[: wanted - len(kept)]]), asked
 
-    def _answered(self, questions: Sequence[Question], place: tuple[int | str, ...], run: Running) -> Scored:
-        """Every question `group` times."""
+    def _asks(
+        self, asked: int, count: int, place: tuple[int, ...], run: Running
+    ) -> tuple[list[Question], list[int]]:
+        """The prompts that come after so many, each of them `group` times, and a seed for every answer."""
+        questions = [
+            run.data.train[i] for i in drawn(len(run.data.train), self.seed, range(asked, asked + count))
+        ]
         repeated = [question for question in questions for _ in range(self.group)]
-        seeds = [seed_of(self.seed, self.name, *place, row) for row in range(len(repeated))]
-        return self._scored(repeated, self.written(repeated, seeds, run), self.group, run)
+        return repeated, [seed_of(self.seed, self.name, *place, row) for row in range(len(repeated))]
 
     def _scored(
         self, questions: Sequence[Question], written: Sequence[Written], size: int, run: Running

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -170,6 +171,7 @@ class PPO(Rolling):
                 "rollout/seconds": time.monotonic() - begun,
             }
             self.shown(rollout.whole, {"reward": rollout.scores}, "rollout", run)
+            self.ahead(partial(self._asks, number + 1, run), run)
             if self.kl_target is not None:
                 cost = state.get("kl", self.kl)
                 state["kl"] = adapted(cost, figures["kl"], self.kl_target, self.rollout, self.kl_horizon)
@@ -203,9 +205,7 @@ class PPO(Rolling):
                 yield [*micro_batches(own, most, self.micro_batch, taken)]
 
     def _sample(self, run: Running, number: int) -> Rollout:
-        places = range(number * self.rollout, (number + 1) * self.rollout)
-        questions = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
-        seeds = [seed_of(self.seed, number, row) for row in range(self.rollout)]
+        questions, seeds = self._asks(number, run)
         answers = self.written(questions, seeds, run)
         run.watch.at("score")
         whole = in_words(questions, answers, run.tokenizer)
@@ -229,6 +229,12 @@ class PPO(Rolling):
                 sampled=as_rows((one.logps for one in answers), rows),
                 whole=whole,
             )
+
+    def _asks(self, number: int, run: Running) -> tuple[list[Question], list[int]]:
+        """The prompts of a rollout, and a seed for every answer."""
+        places = range(number * self.rollout, (number + 1) * self.rollout)
+        questions = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
+        return questions, [seed_of(self.seed, number, row) for row in range(self.rollout)]
 
     def _rows(self, questions: Sequence[Question], answers: Sequence[Answer], run: Running) -> Rows:
         whole = [rendered(one.tokens, answer) for one, answer in zip(questions, answers, strict=True)]

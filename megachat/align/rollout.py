@@ -1,10 +1,10 @@
 """Answers sampled from the policy being trained, with what each judge makes of them.
 
-The module that trains is the one that samples: there is no second copy of the weights to fall behind. It
-samples from its whole distribution, since a token that top-k or top-p can never draw would still have a
-probability in the loss. The probabilities an answer was sampled with are computed again, by the forward pass
-and in the micro-batches that the loss uses: at the first step every ratio is then exactly 1, where those of
-the cached sampler would be off by rounding.
+Unless `engine` says otherwise, the module that trains is the one that samples: there is no second copy of
+the weights to fall behind. It samples from its whole distribution, since a token that top-k or top-p can
+never draw would still have a probability in the loss. The probabilities an answer was sampled with are
+computed again, by the forward pass and in the micro-batches that the loss uses: at the first step every
+ratio is then exactly 1, where those of the cached sampler would be off by rounding.
 
 The data ranks share the work, and then everybody has all answers with all figures: which answers form a
 batch, what their advantages are whitened by, and what is logged does not depend on how many ranks there were.
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from megachat.align.advantages import gae, whiten
 from megachat.align.alarms import Alarms
-from megachat.align.answers import Answer, Question, Room, in_turns
+from megachat.align.answers import Answer, Question, Room, in_turns, rendered
 from megachat.align.environments import Environment
 from megachat.align.logprobs import entropy, token_logps
 from megachat.align.policy import truncated_weights
 from megachat.align.rewards import Answer as Judged
 from megachat.align.rewards import by_programs, check_truths
-from megachat.align.rows import Rows, that_fit
+from megachat.align.rows import Rows, padded, that_fit
 from megachat.align.start import Adapting
 from megachat.align.vllm import VLLM, Server
 from megachat.data import formats
@@ -41,6 +41,12 @@ from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.chat_format import render_prompt, role
 from megachat.train.loop import Batch, Running
+
+PROBES = 8
+"""Answers, at most, by which it is told whether an engine that writes ahead has the policy's weights."""
+
+PROBED = 64
+"""Tokens of each, at most."""
 
 
 @dataclass
@@ -107,6 +113,17 @@ class Rolling(Adapting):
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a call, what comes back, and an "
                 "answer; raise it, or set environment=none"
             )
+        if self.engine is not None and self.engine.ahead:
+            if self.importance_cap is None:
+                raise ValueError(
+                    "engine.ahead=true has answers written by weights that are one rollout old, which "
+                    "importance_cap=null does not correct; set importance_cap=2"
+                )
+            if self.environment is not None:
+                raise ValueError(
+                    "engine.ahead=true cannot know beforehand what an environment will say; set "
+                    "engine.ahead=false, or environment=none"
+                )
         return self
 
     @property
@@ -165,6 +182,29 @@ class Rolling(Adapting):
         }
         return answers
 
+    def ahead(self, asks: Callable[[], tuple[list[Question], list[int]]], run: Running) -> None:
+        """Has the next rollout begun while the policy learns from this one, if the engine writes ahead.
+
+        A few answers tell first whether it has the policy's weights: later the policy has moved on.
+        """
+        engine, server = self.engine, run.data.server
+        if engine is None or not engine.ahead or run.progress.step + self.steps >= run.total:
+            return
+        questions, seeds = asks()
+        prompts = [question.tokens for question in questions]
+        few = [*range(0, len(questions), math.ceil(len(questions) / PROBES))]
+        short = self.sampling.model_copy(update={"max_new_tokens": min(PROBED, self.max_new_tokens)})
+        answers = engine.written(
+            run, server, [prompts[i] for i in few], [seeds[i] for i in few], short, self.lora
+        )
+        some = [rendered(prompts[i], answer) for i, answer in zip(few, answers, strict=True)]
+        rows, policy = padded(some, run.tokenizer.pad).to(run.mesh.device), run.engines["model"]
+        with policy.inference():
+            logps = self.judged(rows, lambda part: self.logps(policy, part), run)
+        sampled = as_rows((answer.logps for answer in answers), rows)
+        engine.check(disagreement(logps, sampled, rows.mask)["sampler/error"])
+        engine.begin(run, server, prompts, seeds, self.sampling, self.lora)
+
     def shown(self, answers: Sequence[Judged], worth: Mapping[str, Tensor], of: str, run: Running) -> None:
         """Has the first answers recorded, with what each was worth."""
         for row, answer in enumerate(answers[: self.answers_shown]):
@@ -191,7 +231,7 @@ class Rolling(Adapting):
                 "environment/calls": len(calls) / len(rollout.whole),
                 "environment/errors": sum(call.wrong for call in calls) / max(1, len(calls)),
             }
-        if self.engine is not None:
+        if self.engine is not None and not self.engine.ahead:
             self.engine.check(figures["sampler/error"])
         judges = self.alarms.judge
         if judges:

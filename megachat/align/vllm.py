@@ -8,6 +8,11 @@ server takes them in place and forgets the prefixes that it has computed.
 A server with other weights than the trainer's, or with kernels that compute something else, would teach
 the policy from answers that are not its own. So the log-probability that vLLM gives each token is compared
 with what the trainer computes for it, in every rollout: `most_error` is where it ends.
+
+With `ahead` a rollout is written while the trainer learns from the one before, so by weights that are one
+rollout old (Noukhovitch et al., 2024, https://arxiv.org/abs/2410.18252). The ratio starts from the policy as
+it is when they arrive, and `importance_cap` weighs each token by how much likelier it is to that than to its
+writer (truncated importance sampling). The comparison is made when weights are sent, with a few answers.
 """
 
 import json
@@ -16,6 +21,7 @@ import select
 import shutil
 import subprocess
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +84,8 @@ class VLLM(Config):
     most_error: Annotated[float, Field(gt=1)]
     """By what factor a token may be likelier to one of the two than to the other, in the mean of a rollout
     (`sampler/error`, 1 is not at all), before the run is ended."""
+    ahead: bool
+    """Whether the next rollout is written while the policy learns from this one."""
     patience: PositiveFloat
     """Seconds that starting it, or one request, may take."""
 
@@ -94,18 +102,28 @@ class VLLM(Config):
 
         Raises Stopped when asked to stop meanwhile.
         """
+        request = _request(run, prompts, seeds, sampling)
+        if server.ahead is not None and server.ahead[1] == request:
+            number, server.ahead = server.ahead[0], None
+            return _answers(server.waited(run, number))
         if server.holds != run.progress.step:
             self._send(run, server, lora)
-        reply = server.asked(
-            run,
-            "write",
-            prompts=[[*prompt] for prompt in prompts],
-            seeds=[seed % 2**63 for seed in seeds],  # as large as theirs may be
-            temperature=sampling.temperature,
-            most=sampling.max_new_tokens,
-            end=run.tokenizer.end,
-        )
-        return [Answer(*one) for one in zip(reply["tokens"], reply["logps"], strict=True)]
+        return _answers(server.asked(run, "write", **request))
+
+    def begin(
+        self,
+        run: Running,
+        server: "Server",
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        lora: LoRA | None,
+    ) -> None:
+        """Has these answered by the weights of now while the trainer goes on; `written` will want them."""
+        if server.holds != run.progress.step:
+            self._send(run, server, lora)
+        request = _request(run, prompts, seeds, sampling)
+        server.ahead = server.begun(run, "write", **request), request
 
     def check(self, error: float) -> None:
         """Of a rollout."""
@@ -157,6 +175,22 @@ class VLLM(Config):
         return torch.bfloat16 if run.engines["model"].parallel.bf16 else torch.float32
 
 
+def _request(
+    run: Running, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+) -> dict[str, Any]:
+    return {
+        "prompts": [[*prompt] for prompt in prompts],
+        "seeds": [seed % 2**63 for seed in seeds],  # as large as theirs may be
+        "temperature": sampling.temperature,
+        "most": sampling.max_new_tokens,
+        "end": run.tokenizer.end,
+    }
+
+
+def _answers(reply: dict[str, Any]) -> list[Answer]:
+    return [Answer(*one) for one in zip(reply["tokens"], reply["logps"], strict=True)]
+
+
 def _untied(weights: Iterator[tuple[str, Tensor]], tied: bool) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights:
         yield name.removeprefix("weight."), weight
@@ -174,7 +208,11 @@ class Server:
         """Of which step its weights are; None: it has none."""
         self.folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self.ahead: tuple[int, dict[str, Any]] | None = None
+        """The number of a request whose answers nobody has waited for yet, and what it asks."""
         self._numbers = 0
+        self._replies: dict[int, dict[str, Any]] = {}
+        """By the number of their request, until they are waited for."""
         self._part = b""
         """Of a reply that is not all here."""
 
@@ -189,17 +227,26 @@ class Server:
         return self.folder
 
     def asked(self, run: Running, verb: str, **what: Any) -> dict[str, Any]:
-        """What it replies, on all ranks; they look meanwhile whether to stop."""
+        """What it replies, on all ranks, which call it together."""
+        return self.waited(run, self.begun(run, verb, **what))
+
+    def begun(self, run: Running, verb: str, **what: Any) -> int:
+        """The number of a request that it is given."""
         self._numbers += 1
         run.watch.at("rollout")
         run.mesh.lead(lambda: self._ask(verb, what))
-        waited = 0.0
+        return self._numbers
+
+    def waited(self, run: Running, number: int) -> dict[str, Any]:
+        """The reply to a request, on all ranks; they look meanwhile whether to stop."""
+        begun = time.monotonic()
         while True:
-            reply = run.mesh.lead(self._reply)
+            reply, late = run.mesh.lead(
+                lambda: (self._reply(number), time.monotonic() - begun > self.settings.patience)
+            )
             if reply is not None:
                 return reply
-            waited += LOOK
-            if waited > self.settings.patience:
+            if late:
                 raise ValueError(
                     f"engine.patience={self.settings.patience:g}: vLLM has not replied for so many "
                     f"seconds; see {self.log}, or raise it"
@@ -223,23 +270,24 @@ class Server:
         except BrokenPipeError:
             raise self._died() from None
 
-    def _reply(self) -> dict[str, Any] | None:
-        """The reply to the last request, if it comes within a moment."""
+    def _reply(self, number: int) -> dict[str, Any] | None:
+        """The reply to a request, if it comes within a moment; others that come are kept."""
         assert self._process is not None
         pipe = _pipe(self._process.stdout)
-        while select.select([pipe], [], [], LOOK)[0]:
+        while number not in self._replies:
+            if not select.select([pipe], [], [], LOOK)[0]:
+                return None
             piece = os.read(pipe.fileno(), 2**20)
             if not piece:
                 raise self._died()
             *whole, self._part = (self._part + piece).split(b"\n")
             for line in whole:
                 reply: dict[str, Any] = json.loads(line)
-                if reply.pop("number") != self._numbers:
-                    continue  # of a request that nobody waits for any more
-                if "error" in reply:
-                    raise ValueError(f"vLLM: {reply['error']}; see {self.log}")
-                return reply
-        return None
+                self._replies[reply.pop("number")] = reply
+        reply = self._replies.pop(number)
+        if "error" in reply:
+            raise ValueError(f"vLLM: {reply['error']}; see {self.log}")
+        return reply
 
     def _started(self) -> "subprocess.Popen[bytes]":
         python = Path(self.settings.python)

@@ -20,6 +20,7 @@ from tests.tiny_model import shape
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-bench" / "vllm" / "bin" / "python"
 VLLM = ["engine=vllm", f"engine.python={ENVIRONMENT}", "engine.eager=true", "engine.cpu_gib=1"]
+AHEAD = ["engine.ahead=true", "importance_cap=2"]
 SHAPE = shape(dim=64, layers=2, heads=2, kv_heads=1, hidden=128, context=32)
 """vLLM's attention on a CPU knows heads of 32 numbers and more."""
 
@@ -77,6 +78,20 @@ def test_probabilities_of_other_weights_end_the_run(inputs: Path, run: Path):
         made(inputs, run, "engine=vllm", "engine.most_error=1")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["engine.ahead=true"], r"one rollout old, which importance_cap=null .* set importance_cap=2"),
+        ([*AHEAD, "environment=calculator"], r"engine\.ahead=true cannot know .* environment=none"),
+    ],
+)
+def test_writing_ahead_is_refused_where_it_cannot_be_right(
+    inputs: Path, run: Path, overrides: list[str], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        made(inputs, run, "engine=vllm", *overrides)
+
+
 def test_an_adapted_models_weights_one_by_one_are_those_of_the_merged_model():
     torch.manual_seed(0)
     model = decode(SHAPE).build(280)
@@ -111,6 +126,41 @@ def test_its_probabilities_are_the_trainers_before_and_after_an_update(
     state.data.server.holds = state.progress.step
     with pytest.raises(ValueError, match=r"engine\.most_error=1\.05"):
         next(batches)
+    state.data.server.close()
+
+
+@pytest.mark.vllm
+def test_a_rollout_written_ahead_is_of_the_weights_of_a_rollout_ago(inputs: Path, run: Path):
+    task = made(inputs, run, *VLLM, *AHEAD, "rollouts=4")
+    state = tiny.running(task)
+    batches: Any = task.batches(state)
+    errors = []
+    for step in range(state.total):
+        batch = next(batches)
+        if step % task.steps == 0:
+            errors.append(state.notes["sampler/error"])
+            assert (state.data.server.ahead is not None) == (step + task.steps < state.total)
+        train_step(task, state, batch, rate=1e-2)
+        state.progress.step += 1
+    state.data.server.close()
+    assert errors[0] < 1 + 1e-5  # nothing could be written before it
+    assert min(errors[2:]) > 1.01  # the policy has moved on since
+    assert state.notes["kl/k3"] > 0.05
+
+
+@pytest.mark.vllm
+def test_answers_written_ahead_of_other_weights_end_the_run(
+    inputs: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    task = made(inputs, run, *VLLM, *AHEAD)
+    state = tiny.running(task)
+    batches: Any = task.batches(state)
+    next(batches)
+    with torch.no_grad():
+        for weight in state.engines["model"].module.parameters():
+            weight.mul_(1.5)  # unknown to the optimizer, and so to vLLM
+    with pytest.raises(ValueError, match=r"engine\.most_error=1\.05"):
+        task.ahead(lambda: (state.data.train[:4], [*range(4)]), state)
     state.data.server.close()
 
 
