@@ -202,7 +202,9 @@ class Rolling(Adapting):
         with policy.inference():
             logps = self.judged(rows, lambda part: self.logps(policy, part), run)
         sampled = as_rows((answer.logps for answer in answers), rows)
-        engine.check(disagreement(logps, sampled, rows.mask)["sampler/error"])
+        error = disagreement(logps, sampled, rows.mask)["sampler/error"]
+        run.notes |= {"sampler/probe": error}
+        engine.check(error, run)
         engine.begin(run, server, prompts, seeds, self.sampling, self.lora)
 
     def shown(self, answers: Sequence[Judged], worth: Mapping[str, Tensor], of: str, run: Running) -> None:
@@ -232,7 +234,7 @@ class Rolling(Adapting):
                 "environment/errors": sum(call.wrong for call in calls) / max(1, len(calls)),
             }
         if self.engine is not None and not self.engine.ahead:
-            self.engine.check(figures["sampler/error"])
+            self.engine.check(figures["sampler/error"], run)
         judges = self.alarms.judge
         if judges:
             said = by_programs(judges, rollout.whole, run.mesh)

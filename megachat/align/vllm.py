@@ -81,9 +81,10 @@ class VLLM(Config):
     """It computes in; `auto`: what the model in training computes in."""
     eager: bool
     """Without compiling and CUDA graphs: slower, but there at once."""
-    most_error: Annotated[float, Field(gt=1)]
+    most_error: Annotated[float, Field(gt=1)] | None
     """By what factor a token may be likelier to one of the two than to the other, in the mean of a rollout
-    (`sampler/error`, 1 is not at all), before the run is ended."""
+    (`sampler/error`, 1 is not at all), before the run is ended; null: 1.01 where vLLM computes in fp32, 1.05
+    in bf16."""
     ahead: bool
     """Whether the next rollout is written while the policy learns from this one."""
     patience: PositiveFloat
@@ -125,14 +126,15 @@ class VLLM(Config):
         request = _request(run, prompts, seeds, sampling)
         server.ahead = server.begun(run, "write", **request), request
 
-    def check(self, error: float) -> None:
+    def check(self, error: float, run: Running) -> None:
         """Of a rollout."""
-        if not error < self.most_error:
+        most = self.most_error or (1.01 if self._dtype(run) == torch.float32 else 1.05)
+        if not error < most:
             raise ValueError(
-                f"engine.most_error={self.most_error}: vLLM's probability of a token and the trainer's "
-                f"differ by a factor of {error:.4g} in the mean of a rollout, so these are not the policy's "
-                "answers; set engine.dtype=float32 and parallel.precision=fp32 to see if it is rounding, "
-                "then raise engine.most_error and set importance_cap=2, or use engine=builtin"
+                f"engine.most_error={most}: vLLM's probability of a token and the trainer's differ by a "
+                f"factor of {error:.4g} in the mean of a rollout, so these are not the policy's answers; set "
+                "engine.dtype=float32 and parallel.precision=fp32 to see if it is rounding, then raise "
+                "engine.most_error and set importance_cap=2, or use engine=builtin"
             )
 
     def _send(self, run: Running, server: "Server", lora: LoRA | None) -> None:

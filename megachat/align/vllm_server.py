@@ -1,19 +1,19 @@
 """vLLM for `megachat/align/vllm.py`: a process of its own, in the Python environment that has vLLM.
 
 It imports nothing of megachat. A request is a line of JSON on the standard input, its answer a line on the
-standard output; what vLLM prints goes to the standard error. It ends with its input, or with its parent.
+standard output; what vLLM prints goes to the standard error. It ends with its input, whatever it is doing,
+and takes the weights in memory with it: the trainer may have been killed.
 """
 
-import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 import traceback
+from queue import SimpleQueue
 from typing import Any
-
-DIES = 1
-"""PR_SET_PDEATHSIG of Linux's prctl."""
 
 
 class Writer:
@@ -21,9 +21,12 @@ class Writer:
 
     def __init__(self) -> None:
         self.model: Any = None
+        self.folder = ""
+        """Where the weights are."""
 
     def load(self, folder: str, **settings: Any) -> dict[str, Any]:
         """Takes the weights in a folder; what was computed with the ones before is forgotten."""
+        self.folder = folder
         from vllm import LLM
 
         if self.model is None:
@@ -73,13 +76,22 @@ class Writer:
 
 def main() -> None:
     """Answers requests, one after the other."""
-    ctypes.CDLL(None).prctl(DIES, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # for the trainer, which ends this one
         signal.signal(number, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    writer = Writer()
-    for line in sys.stdin:
+    writer, lines = Writer(), SimpleQueue[str]()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        if writer.folder:
+            shutil.rmtree(os.path.dirname(writer.folder), ignore_errors=True)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        line = lines.get()
         asked = json.loads(line)
         number, verb = asked.pop("number"), asked.pop("do")
         try:

@@ -2,14 +2,19 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megachat.align import vllm
+from megachat.align.answers import rendered
 from megachat.align.grpo import GRPO
 from megachat.align.ppo import PPO
+from megachat.align.rollout import as_rows, disagreement
+from megachat.align.rows import padded
 from megachat.config import ConfigError, decode
 from megachat.model.blueprint import Blueprint
 from megachat.model.lora import LoRA, adapted, merged, summed
@@ -21,7 +26,7 @@ from tests.tiny_model import shape
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-bench" / "vllm" / "bin" / "python"
 VLLM = ["engine=vllm", f"engine.python={ENVIRONMENT}", "engine.eager=true", "engine.cpu_gib=1"]
 AHEAD = ["engine.ahead=true", "importance_cap=2"]
-SHAPE = shape(dim=64, layers=2, heads=2, kv_heads=1, hidden=128, context=32)
+SHAPE = shape(dim=64, layers=2, heads=2, kv_heads=1, hidden=128, context=256)
 """vLLM's attention on a CPU knows heads of 32 numbers and more."""
 
 
@@ -67,13 +72,18 @@ def test_a_server_that_dies_is_told_with_its_last_words(inputs: Path, run: Path,
         task.execute()
 
 
-def test_probabilities_of_other_weights_end_the_run(inputs: Path, run: Path):
-    engine = made(inputs, run, "engine=vllm").engine
-    assert engine is not None
-    engine.check(1.01)
-    for error in (1.06, float("nan")):
-        with pytest.raises(ValueError, match=r"engine\.most_error=1\.05: .*factor of (1\.06|nan)"):
-            engine.check(error)
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [([], "1.01"), (["engine.dtype=bfloat16"], "1.05"), (["engine.most_error=1.2"], "1.2")],
+)
+def test_probabilities_of_other_weights_end_the_run(inputs: Path, run: Path, overrides: list[str], most: str):
+    task = made(inputs, run, "engine=vllm", *overrides)
+    state = tiny.running(task)
+    assert task.engine is not None
+    task.engine.check(float(most) - 0.001, state)
+    for error in (float(most) + 0.001, float("nan")):
+        with pytest.raises(ValueError, match=rf"engine\.most_error={most}: .*factor of {error:.4g} "):
+            task.engine.check(error, state)
     with pytest.raises(ConfigError, match=r"most_error"):
         made(inputs, run, "engine=vllm", "engine.most_error=1")
 
@@ -124,7 +134,7 @@ def test_its_probabilities_are_the_trainers_before_and_after_an_update(
     assert state.notes["kl"] > 0.1  # the policy has moved from where it was
     # Weights that vLLM has not heard of: as far from the policy as it has moved in a rollout.
     state.data.server.holds = state.progress.step
-    with pytest.raises(ValueError, match=r"engine\.most_error=1\.05"):
+    with pytest.raises(ValueError, match=r"engine\.most_error=1\.01"):
         next(batches)
     state.data.server.close()
 
@@ -143,6 +153,7 @@ def test_a_rollout_written_ahead_is_of_the_weights_of_a_rollout_ago(inputs: Path
         train_step(task, state, batch, rate=1e-2)
         state.progress.step += 1
     state.data.server.close()
+    assert state.notes["sampler/probe"] < 1 + 1e-5
     assert errors[0] < 1 + 1e-5  # nothing could be written before it
     assert min(errors[2:]) > 1.01  # the policy has moved on since
     assert state.notes["kl/k3"] > 0.05
@@ -158,10 +169,40 @@ def test_answers_written_ahead_of_other_weights_end_the_run(
     next(batches)
     with torch.no_grad():
         for weight in state.engines["model"].module.parameters():
-            weight.mul_(1.5)  # unknown to the optimizer, and so to vLLM
-    with pytest.raises(ValueError, match=r"engine\.most_error=1\.05"):
+            weight.mul_(1.5)  # which vLLM has been sent as they were
+    with pytest.raises(ValueError, match=r"engine\.most_error=1\.01"):
         task.ahead(lambda: (state.data.train[:4], [*range(4)]), state)
     state.data.server.close()
+
+
+@pytest.mark.vllm
+def test_what_it_has_computed_of_a_prompt_is_forgotten_with_the_weights(
+    inputs: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def error() -> float:
+        task = made(inputs, run, *VLLM)
+        state = tiny.running(task)
+        question = state.data.train[0]
+        long = replace(question, tokens=(question.tokens * 50)[:200])
+        with state.engines["model"].inference():
+            task.written([long] * 4, range(4), state)
+        for parameter in state.engines["model"].module.parameters():
+            parameter.data.mul_(1.1)
+        state.progress.step += 1
+        answers = task.written([long] * 4, range(4), state)
+        rows = padded([rendered(long.tokens, one) for one in answers], state.tokenizer.pad)
+        with state.engines["model"].inference():
+            logps = task.logps(state.engines["model"], rows)
+        state.data.server.close()
+        return disagreement(logps, as_rows((one.logps for one in answers), rows), rows.mask)["sampler/error"]
+
+    assert error() < 1 + 1e-5
+    forgetful = tmp_path / "server.py"
+    text = vllm.SCRIPT.read_text(encoding="utf-8")
+    assert "if not self.model.reset_prefix_cache():" in text
+    forgetful.write_text(text.replace("if not self.model.reset_prefix_cache():", "if False:"))
+    monkeypatch.setattr(vllm, "SCRIPT", forgetful)
+    assert error() > 1.01
 
 
 @pytest.mark.vllm
