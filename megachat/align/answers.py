@@ -6,15 +6,14 @@ the `<|assistant|>` with which the policy goes on. None of that is the policy's,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 from megachat.align.environments import Call, Environment, Reply, Said
 from megachat.align.rewards import Answer as Judged
 from megachat.align.rows import Rendered
 from megachat.align.sandbox import side_by_side
+from megachat.align.sharing import by_ranks
 from megachat.data.conversations import Prompt
 from megachat.data.formats import is_call
-from megachat.data.loader import places
 from megachat.model.draws import seed_of
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.chat_format import render_reply
@@ -113,6 +112,10 @@ def in_turns(
     All ranks call it with all questions and get all answers. An answer follows from its question and its seed
     alone: what others beside it call is of no matter.
     """
+
+    def reply(said: Sequence[Said]) -> list[Reply | None]:
+        return side_by_side(environment.reply, said, environment.at_once)
+
     answers = [Answer([], []) for _ in questions]
     going = [*range(len(questions))]
     for turn in range(environment.turns + 1):
@@ -136,11 +139,11 @@ def in_turns(
             Said(questions[row].prompt, tuple(answers[row].calls), _text(answers[row], tokenizer))
             for row in going
         ]
-        replies = [*zip(going, said, _replies(environment, said, mesh), strict=True)]
-        for row, one, reply in replies:
-            if reply is not None:
-                _tell(answers[row], one, reply, room.answer, tokenizer)
-        going = [row for row, _, reply in replies if reply is not None]
+        replies = [*zip(going, said, by_ranks(reply, said, mesh), strict=True)]
+        for row, one, told in replies:
+            if told is not None:
+                _tell(answers[row], one, told, room.answer, tokenizer)
+        going = [row for row, _, told in replies if told is not None]
     return [replace(answer, open=is_call("assistant", _text(answer, tokenizer))) for answer in answers]
 
 
@@ -166,20 +169,6 @@ def _within(
             found[row] = Answer(one.tokens[: rooms[row]], one.logps[: rooms[row]])
         left = [row for row in left if row not in found]
     return [found[row] for row in range(len(prompts))]
-
-
-def _replies(environment: Environment, said: Sequence[Said], mesh: Mesh) -> list[Reply | None]:
-    """What the environment replies to each; the data ranks share them."""
-    own = places(0, len(said), mesh.data_rank, mesh.data)
-    mine: list[Reply | None] | str
-    try:
-        mine = side_by_side(environment.reply, said[own.start : own.stop], environment.at_once)
-    except (ValueError, OSError) as error:  # to be raised by all ranks, which wait for each other
-        mine = str(error)
-    everybodys = mesh.gather(mine)[:: mesh.tensor]  # of those that share a model one is believed
-    if wrong := next((one for one in everybodys if isinstance(one, str)), None):
-        raise ValueError(wrong)
-    return [*chain(*everybodys)]
 
 
 def _tell(answer: Answer, said: Said, reply: Reply, most: int, tokenizer: Tokenizer) -> None:

@@ -479,9 +479,3 @@ class GRPO(Rolling):
         if samples > 1 and any(reward.needs_truth for reward in self.rewards.values()):
             figures |= passes(correct(self.rewards, scored.by_reward).view(-1, samples))
         return figures
-
-    def show(self, run: Running) -> str:
-        """A prompt and how the policy answers it."""
-        question = (run.data.held_out or run.data.train)[0]
-        (answer,) = self.answers([question], [seed_of(self.seed, "sample", run.progress.step)], run)
-        return f"{run.tokenizer.decode(question.tokens)} {run.tokenizer.decode(answer.tokens)}"

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from megachat.align.answers import Answer, Question, in_words, rendered
+from megachat.align.answers import Question, in_words
 from megachat.align.policy import (
     Clip,
     clipped_policy_loss,
@@ -29,7 +29,7 @@ from megachat.align.policy import (
 )
 from megachat.align.rm import last_score
 from megachat.align.rollout import Rolling, Rollout, as_rows, estimated, repetition
-from megachat.align.rows import Rows, drawn, padded
+from megachat.align.rows import Rows, drawn
 from megachat.align.start import anchored, frozen, language_model, scorer, without_dropout
 from megachat.align.text import Text, beside, opened, text_loss
 from megachat.data.loader import share
@@ -209,7 +209,7 @@ class PPO(Rolling):
         answers = self.written(questions, seeds, run)
         run.watch.at("score")
         whole = in_words(questions, answers, run.tokenizer)
-        rows = self._rows(questions, answers, run)
+        rows = self.rows(questions, answers, run)
         policy, critic = run.engines["model"], run.engines["critic"]
         reference, reward = run.frozen["reference"], run.frozen["reward"]
 
@@ -235,10 +235,6 @@ class PPO(Rolling):
         places = range(number * self.rollout, (number + 1) * self.rollout)
         questions = [run.data.train[i] for i in drawn(len(run.data.train), self.seed, places)]
         return questions, [seed_of(self.seed, number, row) for row in range(self.rollout)]
-
-    def _rows(self, questions: Sequence[Question], answers: Sequence[Answer], run: Running) -> Rows:
-        whole = [rendered(one.tokens, answer) for one, answer in zip(questions, answers, strict=True)]
-        return padded(whole, run.tokenizer.pad).to(run.mesh.device)
 
     def _rewards(
         self, rollout: Rollout, state: dict[str, Any] | None = None, model: Any = None
@@ -297,18 +293,12 @@ class PPO(Rolling):
             return {}
         seeds = [seed_of(self.seed, "validation", run.progress.step, row) for row in range(len(questions))]
         answers = self.answers(questions, seeds, run)
-        rows = self._rows(questions, answers, run)
+        rows = self.rows(questions, answers, run)
         reward = run.frozen["reward"]
         with run.engines["model"].inference():
             scores = self.judged(rows, lambda part: last_score(reward(part.tokens), part.real), run)
         self.shown(in_words(questions, answers, run.tokenizer), {"reward": scores}, "held out", run)
         return {"reward": scores.double().mean().item()}
-
-    def show(self, run: Running) -> str:
-        """A prompt and how the policy answers it."""
-        question = (run.data.held_out or run.data.train)[0]
-        (answer,) = self.answers([question], [seed_of(self.seed, "sample", run.progress.step)], run)
-        return f"{run.tokenizer.decode(question.tokens)} {run.tokenizer.decode(answer.tokens)}"
 
 
 def _taken(

@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +24,9 @@ from torch import Tensor
 
 from megachat.align.environments import Call
 from megachat.align.sandbox import Limits, side_by_side
+from megachat.align.sharing import by_ranks
 from megachat.config import Config
 from megachat.data.conversations import Prompt
-from megachat.data.loader import places
 from megachat.parallel.mesh import Mesh
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\.\d+")
@@ -243,25 +242,11 @@ class Judge(Reward):
 def by_programs(
     rewards: Mapping[str, Reward], answers: Sequence[Answer], mesh: Mesh
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """What each says of every answer, but for reward models.
-
-    The data ranks share the answers; of those that share a model one is believed.
-    """
-    own = places(0, len(answers), mesh.data_rank, mesh.data)
-    mine: dict[str, list[float]] | str
-    try:
-        mine = {
-            name: reward.scores(answers[own.start : own.stop])
-            for name, reward in rewards.items()
-            if not isinstance(reward, Model)
-        }
-    except (ValueError, OSError) as error:  # to be raised by all ranks, which wait for each other
-        mine = str(error)
-    told = mesh.gather(mine)[:: mesh.tensor]
-    if wrong := next((one for one in told if isinstance(one, str)), None):
-        raise ValueError(wrong)
+    """What each says of every answer, but for reward models. The data ranks share the answers."""
     return {
-        name: torch.tensor([*chain(*(one[name] for one in told))], dtype=torch.float64) for name in told[0]
+        name: torch.tensor(by_ranks(reward.scores, answers, mesh), dtype=torch.float64)
+        for name, reward in rewards.items()
+        if not isinstance(reward, Model)
     }
 
 

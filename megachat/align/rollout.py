@@ -32,11 +32,12 @@ from megachat.align.rewards import Answer as Judged
 from megachat.align.rewards import by_programs, check_truths
 from megachat.align.rows import Rows, padded, that_fit
 from megachat.align.start import Adapting
-from megachat.align.vllm import VLLM, Server
+from megachat.align.vllm import VLLM, Server, asking
 from megachat.data import formats
 from megachat.data.conversations import Message, Prompts, Split, messages_of
 from megachat.data.loader import Mixed, places
 from megachat.model.cross_entropy import IGNORE
+from megachat.model.draws import seed_of
 from megachat.model.generate import Request, Sampling, write
 from megachat.parallel.mesh import Mesh
 from megachat.tokenizer.chat_format import render_prompt, role
@@ -151,7 +152,7 @@ class Rolling(Adapting):
             role(Message("tool", ""), run.tokenizer)  # told before anything is sampled that there is none
         asked = Asked(self._rendered("train", run), self._rendered("held_out", run))
         if self.engine is not None:
-            asked.server = Server(self.engine, self.folder / "vllm.log")
+            asked.server = Server(self.engine, self.lora, self.folder / "vllm.log")
         check_truths(self.alarms.judge, (one.prompt for one in asked.train), "alarms.judge")
         return asked
 
@@ -161,7 +162,7 @@ class Rolling(Adapting):
         def write(prompts: Sequence[Sequence[int]], seeds: Sequence[int], most: int) -> list[Answer]:
             sampling = self.sampling.model_copy(update={"max_new_tokens": most})
             if self.engine is not None:
-                return self.engine.written(run, run.data.server, prompts, seeds, sampling, self.lora)
+                return self.engine.written(run, run.data.server, asking(run, prompts, seeds, sampling))
             return answered(run, prompts, seeds, sampling, self.at_once)
 
         room = Room(self.max_new_tokens, self.context)
@@ -192,20 +193,28 @@ class Rolling(Adapting):
             return
         questions, seeds = asks()
         prompts = [question.tokens for question in questions]
-        few = [*range(0, len(questions), math.ceil(len(questions) / PROBES))]
+        step = math.ceil(len(questions) / PROBES)
         short = self.sampling.model_copy(update={"max_new_tokens": min(PROBED, self.max_new_tokens)})
-        answers = engine.written(
-            run, server, [prompts[i] for i in few], [seeds[i] for i in few], short, self.lora
-        )
-        some = [rendered(prompts[i], answer) for i, answer in zip(few, answers, strict=True)]
-        rows, policy = padded(some, run.tokenizer.pad).to(run.mesh.device), run.engines["model"]
+        answers = engine.written(run, server, asking(run, prompts[::step], seeds[::step], short))
+        rows, policy = self.rows(questions[::step], answers, run), run.engines["model"]
         with policy.inference():
             logps = self.judged(rows, lambda part: self.logps(policy, part), run)
         sampled = as_rows((answer.logps for answer in answers), rows)
         error = disagreement(logps, sampled, rows.mask)["sampler/error"]
         run.notes |= {"sampler/probe": error}
         engine.check(error, run)
-        engine.begin(run, server, prompts, seeds, self.sampling, self.lora)
+        engine.begin(run, server, asking(run, prompts, seeds, self.sampling))
+
+    def show(self, run: Running) -> str:
+        """A prompt and how the policy answers it."""
+        question = (run.data.held_out or run.data.train)[0]
+        (answer,) = self.answers([question], [seed_of(self.seed, "sample", run.progress.step)], run)
+        return f"{run.tokenizer.decode(question.tokens)} {run.tokenizer.decode(answer.tokens)}"
+
+    def rows(self, questions: Sequence[Question], answers: Sequence[Answer], run: Running) -> Rows:
+        """Each question with its answer, for the models."""
+        whole = [rendered(one.tokens, answer) for one, answer in zip(questions, answers, strict=True)]
+        return padded(whole, run.tokenizer.pad).to(run.mesh.device)
 
     def shown(self, answers: Sequence[Judged], worth: Mapping[str, Tensor], of: str, run: Running) -> None:
         """Has the first answers recorded, with what each was worth."""

@@ -63,6 +63,23 @@ OURS = (
 """Variables that mean something else there."""
 
 
+Request = dict[str, Any]
+"""What the server is asked to write."""
+
+
+def asking(
+    run: Running, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+) -> Request:
+    """For an answer to each prompt, which follows from its seed."""
+    return {
+        "prompts": [[*prompt] for prompt in prompts],
+        "seeds": [seed % 2**63 for seed in seeds],  # as large as theirs may be
+        "temperature": sampling.temperature,
+        "most": sampling.max_new_tokens,
+        "end": run.tokenizer.end,
+    }
+
+
 class VLLM(Config):
     """vLLM writes the answers, not the module that trains."""
 
@@ -90,41 +107,26 @@ class VLLM(Config):
     patience: PositiveFloat
     """Seconds that starting it, or one request, may take."""
 
-    def written(
-        self,
-        run: Running,
-        server: "Server",
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        lora: LoRA | None,
-    ) -> list[Answer]:
-        """An answer to each prompt, on all ranks, which call it together with all prompts.
+    def written(self, run: Running, server: "Server", request: Request) -> list[Answer]:
+        """An answer to each prompt of a request, on all ranks, which call it together.
 
         Raises Stopped when asked to stop meanwhile.
         """
-        request = _request(run, prompts, seeds, sampling)
         if server.ahead is not None and server.ahead[1] == request:
             number, server.ahead = server.ahead[0], None
-            return _answers(server.waited(run, number))
-        if server.holds != run.progress.step:
-            self._send(run, server, lora)
-        return _answers(server.asked(run, "write", **request))
+        else:
+            number = self._begun(run, server, request)
+        reply = server.waited(run, number)
+        return [Answer(*one) for one in zip(reply["tokens"], reply["logps"], strict=True)]
 
-    def begin(
-        self,
-        run: Running,
-        server: "Server",
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        lora: LoRA | None,
-    ) -> None:
-        """Has these answered by the weights of now while the trainer goes on; `written` will want them."""
+    def begin(self, run: Running, server: "Server", request: Request) -> None:
+        """Has it answered by the weights of now while the trainer goes on; `written` will want it."""
+        server.ahead = self._begun(run, server, request), request
+
+    def _begun(self, run: Running, server: "Server", request: Request) -> int:
         if server.holds != run.progress.step:
-            self._send(run, server, lora)
-        request = _request(run, prompts, seeds, sampling)
-        server.ahead = server.begun(run, "write", **request), request
+            self._send(run, server)
+        return server.begun(run, "write", **request)
 
     def check(self, error: float, run: Running) -> None:
         """Of a rollout."""
@@ -137,12 +139,12 @@ class VLLM(Config):
                 "engine.most_error and set importance_cap=2, or use engine=builtin"
             )
 
-    def _send(self, run: Running, server: "Server", lora: LoRA | None) -> None:
+    def _send(self, run: Running, server: "Server") -> None:
         engine = run.engines["model"]
         trunk = checkpoint.trunk(engine.module)
         # vLLM 0.32 does not reload a head that is the embedding: it is given one of its own.
         config = trunk.config.model_copy(update={"tied": False})
-        plain = engine.weights() if lora is None else summed(engine.weights(), lora)
+        plain = engine.weights() if server.lora is None else summed(engine.weights(), server.lora)
         weights = _untied(plain, trunk.config.tied)
         dtype = self._dtype(run)
         failed: OSError | ValueError | None = None
@@ -177,22 +179,6 @@ class VLLM(Config):
         return torch.bfloat16 if run.engines["model"].parallel.bf16 else torch.float32
 
 
-def _request(
-    run: Running, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-) -> dict[str, Any]:
-    return {
-        "prompts": [[*prompt] for prompt in prompts],
-        "seeds": [seed % 2**63 for seed in seeds],  # as large as theirs may be
-        "temperature": sampling.temperature,
-        "most": sampling.max_new_tokens,
-        "end": run.tokenizer.end,
-    }
-
-
-def _answers(reply: dict[str, Any]) -> list[Answer]:
-    return [Answer(*one) for one in zip(reply["tokens"], reply["logps"], strict=True)]
-
-
 def _untied(weights: Iterator[tuple[str, Tensor]], tied: bool) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights:
         yield name.removeprefix("weight."), weight
@@ -203,14 +189,14 @@ def _untied(weights: Iterator[tuple[str, Tensor]], tied: bool) -> Iterator[tuple
 class Server:
     """vLLM's process, which rank 0 holds; other ranks hear what it says."""
 
-    def __init__(self, settings: VLLM, log: Path) -> None:
-        """It starts with the first request. What it prints goes to `log`."""
-        self.settings, self.log = settings, log
+    def __init__(self, settings: VLLM, lora: LoRA | None, log: Path) -> None:
+        """It starts with the first request. What it prints goes to `log`; `lora` is the trained model's."""
+        self.settings, self.lora, self.log = settings, lora, log
         self.holds: int | None = None
         """Of which step its weights are; None: it has none."""
         self.folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.ahead: tuple[int, dict[str, Any]] | None = None
+        self.ahead: tuple[int, Request] | None = None
         """The number of a request whose answers nobody has waited for yet, and what it asks."""
         self._numbers = 0
         self._replies: dict[int, dict[str, Any]] = {}

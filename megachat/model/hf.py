@@ -3,7 +3,6 @@
 With `qk_norm` it is their Qwen3, without it their Llama: the same computation, under other names.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megachat.files import replacing
+from megachat.files import replacing, write_json
 from megachat.model.gpt import GPTConfig
 
 SHARD = 4 * 2**30
@@ -113,12 +112,8 @@ def write(
             sizes, total = sizes + tensor.nbytes, total + tensor.nbytes
         flush(f"model-{files + 1:05d}.safetensors" if files else "model.safetensors")
         if files:
-            _write(
+            write_json(
                 temporary / "model.safetensors.index.json",
                 {"metadata": {"total_size": total}, "weight_map": places},
             )
-        _write(temporary / "config.json", said)
-
-
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / "config.json", said)

@@ -42,6 +42,10 @@ class LoRA(Config):
         """What the product of the two is multiplied by."""
         return self.alpha / self.rank
 
+    def learnt(self, shrink: Tensor, expand: Tensor) -> Tensor:
+        """What both add to their matrix."""
+        return self.scale * (expand @ shrink)
+
 
 class Adapted(nn.Module):
     """A linear layer that stays as it is, and what is learnt beside it.
@@ -111,7 +115,7 @@ def merged(read: Read, lora: LoRA) -> Read:
             return read(name, *index)
         layer = name.removesuffix(".weight")
         base, shrink, expand = (f"{layer}.{part}.weight" for part in ("base", "shrink", "expand"))
-        return read(base, *index) + lora.scale * (read(expand) @ read(shrink))[index]
+        return read(base, *index) + lora.learnt(read(shrink), read(expand))[index]
 
     return plain
 
@@ -129,7 +133,7 @@ def summed(weights: Iterable[tuple[str, Tensor]], lora: LoRA) -> Iterator[tuple[
         elif part == "expand":
             assert base is not None
             assert shrink is not None
-            yield f"{layer}.weight", base + lora.scale * (weight @ shrink)
+            yield f"{layer}.weight", base + lora.learnt(shrink, weight)
         else:
             yield name, weight
 

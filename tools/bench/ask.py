@@ -7,15 +7,16 @@ round took. It runs in the environment of what it runs, so only Python's own lib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.bench.clock import peak
+from tools.bench.on_file import OnFile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Ask(OnFile):
     """The same for all of a table."""
 
     weights: str
@@ -33,15 +34,6 @@ class Ask:
     stop: list[int]
     """The tokens that end an answer."""
     rounds: int
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Ask":
-        """From the file that `write` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def answered(self, answer: Callable[[int], list[list[int]]], result: str | Path) -> None:
         """Has the prompts answered, with round 0 as warm-up; writes what each round took, and what 0 said.

@@ -8,19 +8,21 @@ what it runs, so only Python's own library and NumPy may be imported here.
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tools.bench.on_file import OnFile
+
 IGNORE = -100
 """The label of a position that is not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(OnFile):
     """The same for all of a table, but for where the marks go."""
 
     rows: str
@@ -47,15 +49,6 @@ class Job:
     clip: float
     checkpointing: bool
     """Whether activations are computed again in the backward pass."""
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Job":
-        """From the file that `write` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def micro_batches(self, step: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """The inputs and labels of a step, [micro_batch, context] each."""

@@ -6,16 +6,17 @@ environment of what it runs, so only Python's own library may be imported here.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tools.bench.clock import peak
+from tools.bench.on_file import OnFile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class Lesson(OnFile):
     """The same for all of a table."""
 
     run: str
@@ -49,15 +50,6 @@ class Lesson:
     """For GRPO: tokens of an answer, at most."""
     beta: float
     lr: float
-
-    @classmethod
-    def read(cls, path: str | Path) -> "Lesson":
-        """From the file that `write` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def taken(self, ends: Sequence[float], losses: Sequence[float], result: str | Path) -> None:
         """Writes what each step took: `ends` are the moments at which the steps were done, in seconds."""
